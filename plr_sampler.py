@@ -101,10 +101,9 @@ class LevelSampler:
         for name in ("eps", "staleness_coef", "rho", "nu", "alpha"):
             if not 0 <= getattr(self, name) <= 1 or (name == "alpha" and self.alpha == 0):
                 raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
-        if min(self.temperature, self.staleness_temperature) <= 0:
-            raise ValueError(f"temperature {min(self.temperature, self.staleness_temperature)} is not above 0")
-        if self.num_envs < 1:
-            raise ValueError(f"num_envs {self.num_envs} is not at least 1")
+        for name in ("temperature", "staleness_temperature", "num_envs"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} {getattr(self, name)} is not above 0")
         self.fixed = self.levels is not None
         self.levels = np.array(self.levels if self.fixed else [-1] * self.buffer_size, np.int64)
         size = len(self.levels)
@@ -138,11 +137,9 @@ class LevelSampler:
         for i in np.flatnonzero(done):
             self.counts["completed"] += int(self.playing[i] >= 0)
             self.counts["started"] += 1
-            if levels is None:
-                self.playing[i] = self.sample(replay)
-            else:
-                self.playing[i] = levels[i]
+            if levels is not None:
                 self._drawn(int(levels[i]))
+            self.playing[i] = self.sample(replay) if levels is None else levels[i]
         return self.playing.copy()
 
     def drop(self, mask: ndarray) -> None:
@@ -335,7 +332,7 @@ class LevelSampler:
     def best_returns(self, levels: ndarray, default: float = 0.0) -> ndarray:
         """The best return recorded for levels, any shape; `default` where no episode has finished yet."""
         slots = self._slots(levels)
-        best = np.where(slots >= 0, self.best_return[slots], np.nan)
+        best = np.append(self.best_return, np.nan)[slots]
         for level, (_, value) in self._staged.items():
             best[levels == level] = value
         return np.where(np.isnan(best), default, best)
@@ -364,17 +361,15 @@ class LevelSampler:
 
     def metrics(self) -> dict[str, float]:
         """What a curriculum plot needs, all scalars. effective_levels is exp(entropy of P_replay)."""
-        weights, new, replayed = self.weights(), self.counts["new"], self.counts["replayed"]
-        scores, staleness = self.scores[self.seen], self.staleness()[self.seen]
-        p = weights[weights > 0]
+        p, scores, staleness = self.weights()[self.seen], self.scores[self.seen], self.staleness()[self.seen]
         return {
             "seen_share": self.num_seen / max(len(self.levels), 1),
-            "effective_levels": float(np.exp(-(p * np.log(p)).sum())) if self.num_seen else 0.0,
+            "effective_levels": float(np.exp(-(p * np.log(np.maximum(p, 1e-300))).sum())) if self.num_seen else 0.0,
             "score_mean": float(scores.sum() / max(self.num_seen, 1)),
             "score_max": float(scores.max()) if self.num_seen else 0.0,
             "staleness_mean": float(staleness.sum() / max(self.num_seen, 1)),
             "staleness_max": int(staleness.max(initial=0)),
-            "replay_share": replayed / max(new + replayed, 1),
+            "replay_share": self.counts["replayed"] / max(self.counts["replayed"] + self.counts["new"], 1),
             "in_progress": int((self.playing >= 0).sum()),
             **{key: self.counts[key] for key in ("started", "completed", "dropped", "evicted", "rejected", "late")},
         }
@@ -393,7 +388,7 @@ class LevelSampler:
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`. Raises ValueError if it comes from a sampler of another shape or level set."""
-        arrays = {name: np.asarray(state["arrays"][name]) for name in self._ARRAYS}
+        arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
         same = all(arrays[name].shape == getattr(self, name).shape for name in self._ARRAYS)
         if not same or (self.fixed and (arrays["levels"] != self.levels).any()):
             raise ValueError("the state belongs to a sampler with other levels or another number of environments")
