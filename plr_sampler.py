@@ -50,7 +50,7 @@ def transform(x: ndarray, kind: str, temperature: float, eps: float, offset: flo
             raise ValueError(f"the power transform needs scores >= 0, got {x[among].min():g}: use rank or softmax")
         w = (np.maximum(x, 0) + offset) ** (1 / temperature)
     elif kind == "softmax":
-        w = np.exp((x - x.max()) / temperature)  # the largest is 1: no overflow
+        w = np.exp(np.minimum(x - x[among].max(), 0) / temperature)  # the largest is 1: no overflow
     w = w[among]
     return w / w.sum() if w.sum() > 0 else np.full_like(w, 1 / len(w))
 
@@ -105,12 +105,16 @@ class LevelSampler:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} {getattr(self, name)} is not above 0")
         self.fixed = self.levels is not None
-        self.levels = np.array(self.levels if self.fixed else [-1] * self.buffer_size, np.int64)
+        self.levels = np.array(self.levels if self.fixed else [-1] * self.buffer_size)
         size = len(self.levels)
-        if self.fixed and (self.buffer_size or self.levels.min(initial=0) < 0 or len(np.unique(self.levels)) < size):
-            raise ValueError("levels must be distinct integers >= 0 and come without a buffer_size")
         if size == 0 and (self.fixed or self.curriculum == "plr"):
             raise ValueError("plr needs at least one level in levels, or a buffer_size above 0")
+        distinct = len(np.unique(self.levels)) == size and self.levels.dtype.kind in "iu"
+        if self.fixed and (not distinct or self.levels.min() < 0 or self.buffer_size):
+            raise ValueError("levels must be distinct integers >= 0 and come without a buffer_size")
+        if not self.fixed and self.level_space <= size:
+            raise ValueError(f"level_space {self.level_space} must be larger than the buffer's {size} levels")
+        self.levels = self.levels.astype(np.int64)
         self.rng = np.random.default_rng(self.seed)
         self.scores, self.seen, self.best_return = np.zeros(size), np.zeros(size, bool), np.full(size, np.nan)
         self.playing = np.full(self.num_envs, -1, np.int64)
@@ -131,23 +135,20 @@ class LevelSampler:
         The episode in progress there counts as completed: `drop` it first if it was abandoned. replay: None decides
         for each episode (PLR); a bool imposes one decision (Robust PLR). levels (N,): no draw, start these where done.
         """
-        done = np.asarray(done, bool)
-        if done.shape != (self.num_envs,):
-            raise ValueError(f"done has shape {done.shape}, expected ({self.num_envs},)")
-        for i in np.flatnonzero(done):
-            self.counts["completed"] += int(self.playing[i] >= 0)
+        if levels is not None and np.shape(levels) != (self.num_envs,):
+            raise ValueError(f"levels has shape {np.shape(levels)}, expected ({self.num_envs},)")
+        for i in np.flatnonzero(self._mask(done, "done")):
+            level = self.sample(replay) if levels is None else self._drawn(int(levels[i]))
             self.counts["started"] += 1
-            if levels is not None:
-                self._drawn(int(levels[i]))
-            self.playing[i] = self.sample(replay) if levels is None else levels[i]
+            self.counts["completed"] += int(self.playing[i] >= 0)
+            self.playing[i] = level
         return self.playing.copy()
 
     def drop(self, mask: ndarray) -> None:
         """Abandons the episodes in progress where mask (N,) bool: counted as dropped, their open tails never scored."""
-        mask = np.asarray(mask, bool) & (self.playing >= 0)
+        mask = self._mask(mask, "mask") & (self.playing >= 0)
         self.counts["dropped"] += int(mask.sum())
         self.playing[mask] = self._tails[0, mask] = -1
-        self._forget()
 
     def decide_replay(self) -> bool:
         """The replay decision d of Algorithm 1: True to replay a scored level, False to play a new one."""
@@ -176,11 +177,10 @@ class LevelSampler:
             level = self.levels[unseen[self.rng.integers(len(unseen))]]
         else:
             level = self.rng.integers(self.level_space)
-            while self._slots(level) >= 0 or int(level) in self._staged:
+            while self._slots(level) >= 0:
                 level = self.rng.integers(self.level_space)
         self.counts["new"] += 1
-        self._drawn(int(level))
-        return int(level)
+        return self._drawn(int(level))
 
     def weights(self) -> ndarray:
         """P_replay of PLR's eq. 5, (L,) float64: 0 for levels never scored, sum 1 (or 0 before the first score)."""
@@ -225,14 +225,15 @@ class LevelSampler:
             cdf = np.cumsum(self._staleness_weights())
         return self._seen_slots[min(int(cdf.searchsorted(self.rng.random() * cdf[-1], side="right")), len(cdf) - 1)]
 
-    def _drawn(self, level: int) -> None:
+    def _drawn(self, level: int) -> int:
         """Marks a level as drawn now; one that the buffer does not hold is staged until its first score."""
-        self._clock += 1
         slot = self._slots(level)
+        self._clock += 1
         if slot >= 0:
             self._drawn_at[slot] = self._clock
         elif len(self.levels):
             self._staged[level] = (self._clock, self._staged.get(level, (0, np.nan))[1])
+        return level
 
     # ---- what was learned? -----------------------------------------------------------------------------------------
 
@@ -249,6 +250,9 @@ class LevelSampler:
         if not levels.shape == step_scores.shape == dones.shape or levels.shape[1:] != (self.num_envs,):
             shapes = f"{levels.shape}, {step_scores.shape}, {dones.shape}"
             raise ValueError(f"levels, step_scores and dones must share one shape (T, {self.num_envs}), got {shapes}")
+        if not np.isfinite(step_scores).all():
+            raise ValueError("step_scores holds nan or infinite values")
+        self._slots(levels[dones | (np.arange(len(levels))[:, None] == len(levels) - 1)])  # refuses unknown levels
         num_steps = len(levels)
         level, score, done = levels.T.ravel(), step_scores.T.ravel(), dones.T.ravel()  # (N * T,), one env after another
 
@@ -273,14 +277,15 @@ class LevelSampler:
         order = np.concatenate((np.flatnonzero(complete), tails))
         episodes = Episodes(*(x[order] for x in (env, level_of, steps, sums / steps, maxima, complete)))
         self.update_scores(episodes.level, episodes.score)
-        self._forget()
+        still = set(self.playing.tolist())  # forget new levels that were never scored and that nobody plays any more
+        self._staged = {level: entry for level, entry in self._staged.items() if level in still}
         return episodes
 
     def update_scores(self, levels: ndarray, scores: ndarray) -> None:
         """Finished scores from anywhere. levels (n,) int and scores (n,) float are applied in their order."""
         levels, scores = np.asarray(levels, np.int64), np.asarray(scores, np.float64)
-        if not np.isfinite(scores).all():
-            raise ValueError("the scores hold nan or infinite values")
+        if levels.shape != scores.shape or not np.isfinite(scores).all():
+            raise ValueError(f"scores must be finite, one for each of the {levels.size} levels")
         if len(self.levels) and len(levels):
             ids, first, inverse, n = np.unique(levels, return_index=True, return_inverse=True, return_counts=True)
             slots = self._slots(ids)
@@ -316,14 +321,11 @@ class LevelSampler:
         self._drawn_at[slot], self.best_return[slot] = drawn_at, best_return
         self._index_seen()
 
-    def _forget(self) -> None:
-        """New levels that were never scored and that nobody plays any more."""
-        still = set(self.playing.tolist())
-        self._staged = {level: entry for level, entry in self._staged.items() if level in still}
-
     def record_returns(self, levels: ndarray, returns: ndarray) -> None:
         """Keeps the best return per level (MaxMC's R_max) of the finished episodes given, levels (n,), returns (n,)."""
         levels, returns, slots = np.asarray(levels), np.asarray(returns, np.float64), self._slots(levels)
+        if levels.shape != returns.shape:
+            raise ValueError(f"returns has shape {returns.shape}, expected that of levels, {levels.shape}")
         np.fmax.at(self.best_return, slots[slots >= 0], returns[slots >= 0])
         for level, value in zip(levels[slots < 0].tolist(), returns[slots < 0].tolist()):
             if level in self._staged:
@@ -332,21 +334,27 @@ class LevelSampler:
     def best_returns(self, levels: ndarray, default: float = 0.0) -> ndarray:
         """The best return recorded for levels, any shape; `default` where no episode has finished yet."""
         slots = self._slots(levels)
-        best = np.append(self.best_return, np.nan)[slots]
+        best = np.array(np.append(self.best_return, np.nan)[slots])
         for level, (_, value) in self._staged.items():
-            best[levels == level] = value
+            best[np.asarray(levels) == level] = value
         return np.where(np.isnan(best), default, best)
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
+    def _mask(self, mask: ndarray, name: str) -> ndarray:
+        if np.shape(mask) != (self.num_envs,):
+            raise ValueError(f"{name} has shape {np.shape(mask)}, expected ({self.num_envs},)")
+        return np.asarray(mask, bool)
+
     def _slots(self, levels: ndarray) -> ndarray:
-        """The slot of each level, any shape; -1 where the buffer has none, ValueError where a fixed set has none."""
+        """The slot of each level, any shape; -1 where the buffer has none, ValueError where there cannot be one."""
         if not len(self.levels):
             return np.full(np.shape(levels), -1)
         at = self._sorted_levels.searchsorted(levels).clip(max=len(self.levels) - 1)
         found = self._sorted_levels[at] == levels
-        if self.fixed and not found.all():
-            raise ValueError(f"level {np.asarray(levels)[~found][0]} is not in this sampler's set")
+        unknown = ~found if self.fixed else np.less(levels, 0)
+        if unknown.any():
+            raise ValueError(f"level {np.asarray(levels)[unknown][0]} is not in this sampler's set")
         return np.where(found, self._sorted_slots[at], -1)
 
     def _index(self) -> None:
@@ -379,6 +387,7 @@ class LevelSampler:
     def state_dict(self) -> dict[str, Any]:
         """Everything that decides the future, generator included: NumPy arrays, numbers and strings only."""
         return {
+            "fixed": self.fixed,
             "arrays": {name: getattr(self, name).copy() for name in self._ARRAYS},
             "staged": np.array([(level, *entry) for level, entry in self._staged.items()], float).reshape(-1, 3),
             "counts": dict(self.counts),
@@ -389,7 +398,8 @@ class LevelSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`. Raises ValueError if it comes from a sampler of another shape or level set."""
         arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
-        same = all(arrays[name].shape == getattr(self, name).shape for name in self._ARRAYS)
+        same = state["fixed"] == self.fixed
+        same &= all(arrays[name].shape == getattr(self, name).shape for name in self._ARRAYS)
         if not same or (self.fixed and (arrays["levels"] != self.levels).any()):
             raise ValueError("the state belongs to a sampler with other levels or another number of environments")
         for name in self._ARRAYS:

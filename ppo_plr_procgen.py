@@ -19,12 +19,15 @@ import ctypes
 import difflib
 import functools
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
+import pickle
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
@@ -40,25 +43,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
 
-# (random, best) return per game, easy and hard: Cobbe et al. 2020 (arXiv 1912.01588), appendix C
+# (R_min, R_max) for easy and hard mode, to normalise returns: Cobbe et al. 2020 (arXiv 1912.01588), appendix C
 RETURN_RANGE = {
-    "bigfish": ((1, 40), (0, 40)),
-    "bossfight": ((0.5, 13), (0.5, 13)),
-    "caveflyer": ((3.5, 12), (2, 13.4)),
-    "chaser": ((0.5, 13), (0.5, 14.2)),
-    "climber": ((2, 12.6), (1, 12.6)),
-    "coinrun": ((5, 10), (5, 10)),
-    "dodgeball": ((1.5, 19), (1.5, 19)),
-    "fruitbot": ((-1.5, 32.4), (-0.5, 27.2)),
-    "heist": ((3.5, 10), (2, 10)),
-    "jumper": ((3, 10), (1, 10)),
-    "leaper": ((3, 10), (1.5, 10)),
-    "maze": ((5, 10), (4, 10)),
-    "miner": ((1.5, 13), (1.5, 20)),
-    "ninja": ((3.5, 10), (2, 10)),
-    "plunder": ((4.5, 30), (3, 30)),
+    "bigfish": ((1, 40), (0, 40)), "bossfight": ((0.5, 13), (0.5, 13)), "caveflyer": ((3.5, 12), (2, 13.4)),
+    "chaser": ((0.5, 13), (0.5, 14.2)), "climber": ((2, 12.6), (1, 12.6)), "coinrun": ((5, 10), (5, 10)),
+    "dodgeball": ((1.5, 19), (1.5, 19)), "fruitbot": ((-1.5, 32.4), (-0.5, 27.2)), "heist": ((3.5, 10), (2, 10)),
+    "jumper": ((3, 10), (1, 10)), "leaper": ((3, 10), (1.5, 10)), "maze": ((5, 10), (4, 10)),
+    "miner": ((1.5, 13), (1.5, 20)), "ninja": ((3.5, 10), (2, 10)), "plunder": ((4.5, 30), (3, 30)),
     "starpilot": ((2.5, 64), (1.5, 35)),
-}
+}  # fmt: skip
 GAMES_WITH_MODE = {
     "easy": tuple(RETURN_RANGE),
     "hard": tuple(RETURN_RANGE),
@@ -82,11 +75,7 @@ class Args:
     cuda: bool = True
     """train on the GPU if there is one"""
     track: bool = False
-    """also log to Weights and Biases (pip install wandb)"""
-    wandb_project_name: str = "plr"
-    """with --track: the project"""
-    wandb_entity: str | None = None
-    """with --track: the team"""
+    """also log to Weights and Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY name the project and team)"""
     run_dir: str | None = None
     """where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given"""
     checkpoint_interval: int = 10
@@ -201,36 +190,34 @@ def check_args(args: Args) -> None:
         refuse(f"--env-id {args.env_id} is not a Procgen game: {hint}")
     if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
         modes = ", ".join(mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games)
-        refuse(f"--distribution-mode {args.distribution_mode}: {args.env_id} has only {modes}.")
-    for name in ("total_timesteps", "num_envs", "num_steps", "num_minibatches", "update_epochs", "eval_episodes"):
-        if getattr(args, name) < 1:
-            refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 1.")
-    for name in ("learning_rate", "temperature", "clip_coef", "max_grad_norm", "target_kl"):
-        value = getattr(args, name)
-        if value is not None and not (0 < value < math.inf):
-            refuse(f"--{name.replace('_', '-')} {value} must be a number above 0.")
-    for name in ("seed", "num_levels", "start_level", "env_threads", "checkpoint_interval", "eval_interval"):
-        if getattr(args, name) < 0:
-            refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be at least 0.")
-    for name in ("gamma", "gae_lambda", "reward_norm_gamma", "staleness_coef", "rho", "nu", "alpha"):
-        if not 0 <= getattr(args, name) <= 1 or (name == "alpha" and args.alpha == 0):
-            low = "above 0" if name == "alpha" else "at least 0"
-            refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be {low} and at most 1.")
-    if args.batch_size % args.num_minibatches:
-        size = f"num-envs x num-steps = {args.batch_size}"
-        refuse(f"--num-minibatches {args.num_minibatches} must divide {size}, the steps of one rollout.")
-    if args.num_iterations < 1:
-        size = f"num-envs x num-steps = {args.batch_size}"
-        refuse(f"--total-timesteps {args.total_timesteps} must be at least {size}, or no iteration fits.")
-    if args.start_level + args.num_levels > FIRST_TEST_LEVEL:
-        last = args.start_level + args.num_levels
-        refuse(f"--start-level + --num-levels is {last} and must be at most {FIRST_TEST_LEVEL}: test levels lie above.")
-    if args.num_levels == 0 and args.start_level:
-        refuse(f"--start-level {args.start_level} needs --num-levels above 0: without a bound all levels are drawn.")
-    if args.num_levels == 0 and args.curriculum == "plr":
-        refuse("--num-levels 0 has no set of levels to score: use --curriculum uniform, or --num-levels 1 or more.")
-    if args.curriculum == "plr" and args.score_transform == "power" and args.score in SIGNED_SCORES:
-        refuse(f"--score-transform power needs scores >= 0, and --score {args.score} can be negative: use rank.")
+        refuse(f"--distribution-mode {args.distribution_mode} does not exist for {args.env_id}: choose from {modes}.")
+
+    def require(names: str, allowed: Callable[[Any], bool], what: str) -> None:
+        for name in names.split():
+            value = getattr(args, name)
+            if value is not None and not allowed(value):
+                refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
+
+    sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs eval_episodes"
+    require(sizes, lambda x: x >= 1, "at least 1")
+    require("seed num_levels start_level env_threads checkpoint_interval eval_interval", lambda x: x >= 0, "at least 0")
+    require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
+    require("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "at least 0")
+    require("gamma gae_lambda reward_norm_gamma staleness_coef rho nu", lambda x: 0 <= x <= 1, "between 0 and 1")
+    require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    rollout = f"--num-envs x --num-steps = {args.batch_size}"
+    require("num_minibatches", lambda x: args.batch_size % x == 0, f"a divisor of {rollout}")
+    require("num_minibatches", lambda x: args.batch_size > x, f"less than {rollout}: a minibatch needs two steps")
+    require("total_timesteps", lambda x: x >= args.batch_size, f"at least {rollout}, the steps of one iteration")
+    most = FIRST_TEST_LEVEL - args.num_levels
+    require("start_level", lambda x: x <= most, f"at most {most}: levels from {FIRST_TEST_LEVEL} on are for testing")
+    if args.num_levels == 0:
+        require("start_level", lambda x: x == 0, "0 with --num-levels 0, which draws from all levels")
+        require("curriculum", lambda x: x != "plr", "uniform or sequential with --num-levels 0: plr needs a fixed set")
+    if args.curriculum == "plr" and args.score in SIGNED_SCORES:
+        require(
+            "score_transform", lambda x: x != "power", f"another with --score {args.score}: power needs scores >= 0"
+        )
 
 
 # ---- levels and environments ----------------------------------------------------------------------------------------
@@ -248,14 +235,12 @@ class ProcgenLevels(gym.vector.VectorEnv):
     episode leaks into the next.)
     """
 
-    def __init__(self, num_envs: int, env_id: str, distribution_mode: str, num_threads: int):
+    def __init__(self, num_envs: int, env_id: str, mode: str, num_threads: int):
         with contextlib.redirect_stderr(io.StringIO()):  # procgen imports the dead package gym, which prints a notice
             from procgen import ProcgenGym3Env
 
         # rand_seed: Procgen would draw one from the operating system. start_level never matters: see reset.
-        make = functools.partial(
-            ProcgenGym3Env, env_name=env_id, distribution_mode=distribution_mode, num_levels=1, rand_seed=0
-        )
+        make = functools.partial(ProcgenGym3Env, env_name=env_id, distribution_mode=mode, num_levels=1, rand_seed=0)
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
         self.level_start = functools.lru_cache(maxsize=4096)(  # 21-38 KB and 0.5 ms each
             lambda level: make(num=1, start_level=level, num_threads=0).get_state()[0]
@@ -295,14 +280,14 @@ def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
         refuse(f"Procgen does not load ({error}). On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0")
 
 
-def evaluation_levels(args: Args) -> tuple[np.ndarray, np.ndarray]:
-    """(eval_episodes,) training levels and as many test levels. They depend on the seed only; test levels are distinct,
-    training levels too as long as there are enough."""
+def evaluation_levels(args: Args) -> np.ndarray:
+    """(2 * eval_episodes,) test levels, then training levels: decided by the seed, distinct if there are enough."""
     rng = np.random.default_rng([args.seed, 1])
     test_levels = FIRST_TEST_LEVEL + rng.choice(2**31 - 1 - FIRST_TEST_LEVEL, args.eval_episodes, replace=False)
+    train_levels = np.resize(args.start_level + rng.permutation(args.num_levels), args.eval_episodes)
     if args.num_levels == 0:
-        return rng.choice(FIRST_TEST_LEVEL, args.eval_episodes, replace=False), test_levels
-    return args.start_level + np.resize(rng.permutation(args.num_levels), args.eval_episodes), test_levels
+        train_levels = rng.choice(FIRST_TEST_LEVEL, args.eval_episodes, replace=False)
+    return np.concatenate((test_levels, train_levels))
 
 
 # ---- network --------------------------------------------------------------------------------------------------------
@@ -377,8 +362,7 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
     test_return_normalized is (R - R_min) / (R_max - R_min) with Procgen's constants (easy and hard mode). The paper's
     normalised score divides test_return by the uniform baseline's mean of the same game: benchmarks/ does that.
     """
-    train_levels, test_levels = evaluation_levels(args)
-    levels = np.concatenate((test_levels, train_levels))
+    levels = evaluation_levels(args)
     returns, frames = np.zeros(len(levels)), []
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
@@ -388,8 +372,10 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
             playing = np.arange(len(chunk))  # environments whose episode goes on
             while len(playing):
                 if video and chunk[0] == 0:  # the first four test episodes, side by side; a finished one stands still
-                    last = frames[-1] if frames else obs[:4]
-                    frames.append(np.where(np.isin(np.arange(len(last)), playing)[:, None, None, None], obs[:4], last))
+                    frame = obs[: min(4, args.eval_episodes)]
+                    over = np.setdiff1d(np.arange(len(frame)), playing)
+                    frame[over] = frames[-1][over] if len(over) else frame[over]
+                    frames.append(frame)
                 actions = np.zeros(len(chunk), np.int32)
                 action = agent.get_action_and_value(torch.from_numpy(obs[playing]).to(device))[0]
                 actions[playing] = action.cpu().numpy()
@@ -399,16 +385,14 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
             envs.close()
     if video:
         write_gif(video, frames)
-    test_returns, train_returns = returns[: len(test_levels)], returns[len(test_levels) :]
-    result = {"train_return": train_returns.mean(), "train_return_std": train_returns.std()}
-    result |= {"test_return": test_returns.mean(), "test_return_std": test_returns.std()}
+    result: dict[str, Any] = {"episodes": {}}
+    for name, part in (("test", slice(0, args.eval_episodes)), ("train", slice(args.eval_episodes, None))):
+        result[f"{name}_return"], result[f"{name}_return_std"] = float(returns[part].mean()), float(returns[part].std())
+        result["episodes"] |= {f"{name}_levels": levels[part].tolist(), f"{name}_returns": returns[part].tolist()}
     result["generalization_gap"] = result["train_return"] - result["test_return"]
     if args.distribution_mode in ("easy", "hard"):
         low, high = RETURN_RANGE[args.env_id][args.distribution_mode == "hard"]
         result["test_return_normalized"] = (result["test_return"] - low) / (high - low)
-    result = {key: float(value) for key, value in result.items()}
-    result["episodes"] = {"train_levels": train_levels.tolist(), "train_returns": train_returns.tolist()}
-    result["episodes"] |= {"test_levels": test_levels.tolist(), "test_returns": test_returns.tolist()}
     return result
 
 
@@ -417,9 +401,9 @@ def write_gif(path: Path, frames: list[np.ndarray]) -> None:
     from PIL import Image  # comes with tensorboard
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    pictures = [Image.fromarray(np.concatenate(list(frame), axis=1)) for frame in frames]
+    size = (len(frames[0]) * 192, 192)
     pictures = [
-        picture.resize((picture.width * 3, picture.height * 3), Image.Resampling.NEAREST) for picture in pictures
+        Image.fromarray(np.concatenate([*frame], axis=1)).resize(size, Image.Resampling.NEAREST) for frame in frames
     ]
     pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=67, loop=0)
 
@@ -435,8 +419,6 @@ def plain(x: Any) -> Any:
         return [plain(value) for value in x]
     if isinstance(x, np.ndarray):
         return torch.from_numpy(x.copy())
-    if isinstance(x, bytes):
-        return torch.frombuffer(bytearray(x), dtype=torch.uint8)
     return x.item() if isinstance(x, np.generic) else x
 
 
@@ -446,51 +428,40 @@ def fingerprint(state: Any) -> str:
 
     def feed(x: Any) -> None:
         if isinstance(x, dict):
-            for key in sorted(x, key=str):
-                digest.update(f"{key}:".encode())
-                feed(x[key])
+            feed([part for key in sorted(x, key=str) for part in (str(key), x[key])])
         elif isinstance(x, list):
-            for value in x:
-                feed(value)
-        elif isinstance(x, torch.Tensor):
-            digest.update(f"{x.dtype}{tuple(x.shape)}".encode() + x.detach().cpu().contiguous().numpy().tobytes())
+            for part in x:
+                feed(part)
         else:
-            digest.update(repr(x).encode())
+            digest.update(x.cpu().contiguous().numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x).encode())
 
     feed(plain(state))
     return digest.hexdigest()
 
 
-def save_atomically(path: Path, write: Any) -> None:
+def write_file(path: Path, data: bytes) -> None:
     """A reader, or a crash, finds the old file or the new one and nothing in between."""
-    temporary = path.with_suffix(".tmp")
-    with open(temporary, "wb") as file:
-        write(file)
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(data)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    os.replace(path.with_suffix(".tmp"), path)
 
 
-class CsvLog:
-    """One row at a time, flushed, columns from the first row."""
-
-    def __init__(self, path: Path):
-        self.file, self.writer = open(path, "w", newline=""), None
-
-    def add(self, row: dict[str, Any]) -> None:
-        if self.writer is None:
-            self.writer = csv.DictWriter(self.file, list(row))
-            self.writer.writeheader()
-        self.writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
-        self.file.flush()
+def append_row(path: Path, row: dict[str, Any]) -> None:
+    """Adds a row to a CSV file; the first row makes the header."""
+    with open(path, "a", newline="") as file:
+        table = csv.DictWriter(file, list(row))
+        if file.tell() == 0:
+            table.writeheader()
+        table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
 def make_run_dir(args: Args) -> Path:
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    if (run_dir / "result.json").exists():
-        refuse(f"--run-dir {run_dir} already holds a finished run: choose another directory.")
-    if (run_dir / "args.json").exists():
-        refuse(f"--run-dir {run_dir} already holds an unfinished run: choose another directory, or remove it first.")
+    for name, kind in (("result.json", "a finished"), ("args.json", "an unfinished")):
+        if (run_dir / name).exists():
+            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
@@ -515,23 +486,24 @@ def choose_device(args: Args) -> torch.device:
 
 
 def evaluate_run(args: Args) -> None:
-    """--evaluate RUN_DIR: flags that were not given are the run's own; those that define its network cannot change."""
+    """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
     run_dir = Path(args.evaluate)
-    if not (run_dir / "checkpoint.pt").exists() or not (run_dir / "args.json").exists():
-        refuse(f"--evaluate {run_dir} is not a run directory: args.json or checkpoint.pt is missing.")
-    names = {f.name for f in fields(Args) if f.init}
-    saved = Args(**{k: v for k, v in json.loads((run_dir / "args.json").read_text()).items() if k in names})
-    args = tyro.cli(Args, default=saved)
-    check_args(args)
-    device = choose_device(args)
-    envs = make_envs(args, 1)
-    agent = Agent(envs, args.precision).to(device, memory_format=torch.channels_last)
-    agent.load_state_dict(torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)["agent"])
+    try:
+        saved = json.loads((run_dir / "args.json").read_text())
+        saved = {f.name: saved[f.name] for f in fields(Args) if f.init and f.name in saved}
+        args = tyro.cli(Args, default=Args(**saved))
+        check_args(args)
+        device = choose_device(args)
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
+        agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
+        agent.load_state_dict(checkpoint["agent"])
+    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        refuse(f"--evaluate {run_dir} is not a run that can be loaded: {str(error).splitlines()[0]}")
     name = f"evaluation_{int(time.time())}"
     result = evaluate(agent, args, device, run_dir / "videos" / f"{name}.gif" if args.capture_video else None)
-    (run_dir / f"{name}.json").write_text(json.dumps(result | {"args": asdict(args)}, indent=2) + "\n")
+    write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())
     for key in ("train_return", "test_return"):
-        print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} episodes")
+        print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} levels, once each")
     print(f"every episode: {run_dir / name}.json")
 
 
@@ -543,25 +515,20 @@ def main() -> None:
     if args.evaluate:
         return evaluate_run(args)
     check_args(args)
+    if args.track and importlib.util.find_spec("wandb") is None:
+        refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)
 
     # ==== setup ====
     if args.track:
         import wandb
 
-        wandb.init(
-            project=args.wandb_project_name, entity=args.wandb_entity, sync_tensorboard=True, config=asdict(args),
-            name=run_dir.name, dir=str(run_dir), save_code=True,
-        )  # fmt: skip
-    writer = SummaryWriter(str(run_dir))
+        wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
+    writer = SummaryWriter(run_dir)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    progress, evaluations = CsvLog(run_dir / "progress.csv"), CsvLog(run_dir / "evaluations.csv")
-
     device = choose_device(args)
-    torch.manual_seed(
-        args.seed
-    )  # network, actions and minibatches; the sampler and the evaluation have streams of their own
+    torch.manual_seed(args.seed)  # network, actions, minibatches; sampler and evaluation have streams of their own
     envs = make_envs(args, args.num_envs)
     agent = Agent(envs, args.precision).to(device, memory_format=torch.channels_last)
     if args.compile:
@@ -572,15 +539,8 @@ def main() -> None:
         num_envs=args.num_envs,
         seed=args.seed,
         level_space=FIRST_TEST_LEVEL,
-        curriculum=args.curriculum,
-        score_transform=args.score_transform,
-        temperature=args.temperature,
-        staleness_coef=args.staleness_coef,
-        replay_schedule=args.replay_schedule,
-        rho=args.rho,
-        nu=args.nu,
-        alpha=args.alpha,
-        stitch_episodes=args.stitch_episodes,
+        **{name: getattr(args, name) for name in "curriculum score_transform temperature staleness_coef".split()},
+        **{name: getattr(args, name) for name in "replay_schedule rho nu alpha stitch_episodes".split()},
     )
     return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted return, scales the rewards
 
@@ -591,9 +551,7 @@ def main() -> None:
     logprobs = torch.zeros((T, N), device=device)
     logits = torch.zeros((T, N, num_actions), device=device)  # float32, normalised log-probabilities
     rewards = torch.zeros((T, N), device=device)  # float32, normalised
-    dones = torch.zeros(
-        (T, N), device=device
-    )  # float32; dones[t]: obs[t] is the first of an episode (set before step t)
+    dones = torch.zeros((T, N), device=device)  # float32; dones[t], set before step t: obs[t] begins an episode
     values = torch.zeros((T, N), device=device)
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
 
@@ -601,13 +559,11 @@ def main() -> None:
     next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
     next_obs = torch.from_numpy(envs.reset(seed=next_levels)[0]).to(device)  # (N, 64, 64, 3) uint8
     next_done = torch.zeros(N, device=device)
-    discounted_return, scaled_return = (
-        np.zeros(N),
-        np.zeros(N),
-    )  # of the episodes in progress: for return_rms, for max_mc
+    # of the episodes in progress: discounted return (for return_rms), return in scaled rewards (for max_mc)
+    discounted_return, scaled_return = np.zeros(N), np.zeros(N)
     episode_return, episode_length = np.zeros(N), np.zeros(N, np.int64)  # raw
-    window_returns, window_start, window_steps = [], time.time(), 0  # since the last printed line
-    start_time, train_seconds, evaluation = time.time(), 0.0, None
+    window_returns, window_seconds, window_steps = [], 0.0, 0  # since the last printed line
+    start_time, train_seconds, evaluation = time.time(), 0.0, None  # train_seconds: without evaluation and checkpoints
 
     def run_state() -> dict[str, Any]:
         """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
@@ -620,17 +576,11 @@ def main() -> None:
             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
         }
 
-    def save_checkpoint() -> None:
-        episodes = [discounted_return, scaled_return, episode_return, episode_length]
-        state = run_state() | {"args": asdict(args), "iteration": iteration, "global_step": global_step}
-        state |= {"envs": envs.procgen.get_state(), "next_obs": next_obs, "next_done": next_done, "episodes": episodes}
-        save_atomically(run_dir / "checkpoint.pt", lambda file: torch.save(plain(state), file))
-
     what = f"{args.num_levels or 'unbounded'} levels, {args.curriculum}"
     print(f"{args.env_id} ({args.distribution_mode}), {what}, seed {args.seed}: {run_dir}", flush=True)
     if device.type == "cpu":
         why = "No CUDA device" if args.cuda else "--no-cuda"
-        print(f"{why}: training on {torch.get_num_threads()} CPU threads; see the time left below.", flush=True)
+        print(f"{why}: training on {torch.get_num_threads()} CPU threads. How long it will take:", flush=True)
 
     for iteration in range(1, args.num_iterations + 1):
         iteration_start = time.time()
@@ -699,9 +649,7 @@ def main() -> None:
             step_scores = 1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1)
         elif args.score == "max_mc":  # Robust PLR: best return so far on the level, in the units of the values
             step_scores = torch.from_numpy(sampler.best_returns(levels)).to(values) - values
-        sampler_start = time.time()
         sampler.update(levels, step_scores.cpu().numpy(), ends.cpu().numpy())
-        sampler_seconds = time.time() - sampler_start
 
         # ==== optimise (PPO) ====
         b_obs = obs.reshape((-1,) + envs.single_observation_space.shape)
@@ -748,12 +696,11 @@ def main() -> None:
         explained_var = float(1 - (b_returns - b_values).var() / b_returns.var().clamp(min=1e-12))
         names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
         row = {
-            "charts/episodic_return": float(np.mean([r for r, _ in finished])) if finished else math.nan,
-            "charts/episodic_length": float(np.mean([length for _, length in finished])) if finished else math.nan,
+            "charts/episodic_return": float(np.mean([x for x, _ in finished])) if finished else math.nan,
+            "charts/episodic_length": float(np.mean([x for _, x in finished])) if finished else math.nan,
             "charts/episodes": len(finished),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / seconds,
-            "charts/sampler_share": sampler_seconds / seconds,
             **{f"losses/{name}": value for name, value in zip(names, losses)},
             "losses/explained_variance": explained_var,
             **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
@@ -762,7 +709,8 @@ def main() -> None:
             if not math.isnan(value):
                 writer.add_scalar(key, value, global_step)
         columns = {key.split("/")[1]: value for key, value in row.items()}
-        progress.add({"global_step": global_step, "wall_seconds": time.time() - start_time} | columns)
+        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
+        append_row(run_dir / "progress.csv", when | columns)
 
         # ==== evaluate ====
         last = iteration == args.num_iterations
@@ -772,29 +720,34 @@ def main() -> None:
             scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
             for key, value in scalars.items():
                 writer.add_scalar(f"eval/{key}", value, global_step)
-            evaluations.add({"global_step": global_step, "wall_seconds": time.time() - start_time} | scalars)
+            append_row(run_dir / "evaluations.csv", when | scalars)
 
         # ==== checkpoint ====
         if last or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
-            save_checkpoint()
+            state = run_state() | {"args": asdict(args), "iteration": iteration, "global_step": global_step}
+            torch.save(plain(state), data := io.BytesIO())
+            write_file(run_dir / "checkpoint.pt", data.getvalue())
 
-        window_returns += [r for r, _ in finished]
-        window_steps += args.batch_size
-        if last or iteration == 1 or time.time() - window_start > 10:
-            left = train_seconds / iteration * (args.num_iterations - iteration)
-            line = f"step {global_step:,} ({global_step / args.num_iterations / args.batch_size:.1%})"
-            line += f" | {left // 3600:.0f}h{left % 3600 // 60:02.0f}m left | {columns['SPS']:,.0f} steps/s"
-            line += f" | train return {np.mean(window_returns) if window_returns else math.nan:.2f}"
+        window_returns += [x for x, _ in finished]
+        window_seconds, window_steps = window_seconds + seconds, window_steps + args.batch_size
+        if last or iteration == 1 or window_seconds > 10:
+            left = (time.time() - start_time) / iteration * (args.num_iterations - iteration)
+            parts = [f"step {global_step:,} ({iteration / args.num_iterations:.1%})"]
+            parts += [
+                f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left",
+                f"{window_steps / window_seconds:,.0f} steps/s",
+            ]
+            parts += [f"train return {np.mean(window_returns) if window_returns else math.nan:.2f}"]
             if evaluation:
-                line += f" | evaluation: train {evaluation['train_return']:.2f}, test {evaluation['test_return']:.2f}"
-            print(line, flush=True)
-            window_returns, window_start, window_steps = [], time.time(), 0
+                parts += [f"evaluation: train {evaluation['train_return']:.2f}, test {evaluation['test_return']:.2f}"]
+            print(" | ".join(parts), flush=True)
+            window_returns, window_seconds, window_steps = [], 0.0, 0
 
     result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
     result |= {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
     result |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
     result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
-    save_atomically(run_dir / "result.json", lambda file: file.write(json.dumps(result, indent=2).encode() + b"\n"))
+    write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
     envs.close()
     writer.close()
     print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)

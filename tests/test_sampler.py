@@ -1,0 +1,861 @@
+"""LevelSampler against the published numbers, slow plain-Python versions of its rules, and known defects.
+
+Marks such as (D6) or (S3) name the defect of an earlier code base that a test would catch.
+"""
+
+import copy
+import io
+import itertools
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from statistics import fmean
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plr_sampler import TRANSFORMS, LevelSampler
+
+GOLDEN = json.loads((Path(__file__).parent / "data" / "level_sampler_golden.json").read_text())
+SETTINGS = ("score_transform", "temperature", "eps", "staleness_coef", "staleness_transform", "staleness_temperature")
+RANK = {"staleness_coef": 0.0, "temperature": 1.0}
+COUNTS = ("evicted", "rejected", "late")
+KINDS = ("fixed", "buffer", "stitched")
+SEEDS = st.integers(0, 2**32 - 1)
+repeatable = settings(derandomize=True, deadline=None, max_examples=60, database=None)
+
+
+# ---- helpers ---------------------------------------------------------------------------------------------------------
+
+
+def fixed(size=6, envs=1, **options):
+    return LevelSampler(range(size), num_envs=envs, **{"seed": 1, **options})
+
+
+def buffer(size=6, envs=1, **options):
+    return LevelSampler(buffer_size=size, num_envs=envs, **{"seed": 1, **options})
+
+
+def make(kind, **options):
+    extra = {"fixed": {}, "buffer": {"rho": 0.5, "level_space": 40}}.get(kind, {"stitch_episodes": True, "rho": 0.5})
+    return (fixed if kind == "fixed" else buffer)(**{**extra, **options})
+
+
+def fill(s, levels, scores):
+    """Plays each of levels once, then scores them."""
+    for level in levels:
+        s.next_levels(np.ones(s.num_envs, bool), levels=np.full(s.num_envs, level))
+    s.update_scores(levels, scores)
+    return s
+
+
+def play(s, levels, scores, dones, **options):
+    """One rollout of a single environment."""
+    return s.update(*(np.array(x)[:, None] for x in (levels, scores, dones)), **options)
+
+
+def known(s):
+    return dict(zip(s.levels[s.seen].tolist(), s.scores[s.seen].tolist()))
+
+
+def balanced(s):
+    return s.counts["started"] == s.counts["completed"] + (s.playing >= 0).sum() + s.counts["dropped"]
+
+
+class Loop:
+    """Episodes of random length, in rollouts of `steps` steps; `drop` is the share dropped after each rollout."""
+
+    def __init__(self, sampler, seed=0, steps=8, end=0.3, drop=0.0, low=0.0, **update):
+        self.s, self.rng = sampler, np.random.default_rng(seed)
+        self.steps, self.end, self.drop, self.low, self.update = steps, end, drop, low, update
+        self.rows, self.draws, self.completed, self.dropped = [], [], 0, 0
+
+    def start(self, mask):
+        self.s.next_levels(mask)
+        self.draws += self.s.playing[mask].tolist()
+
+    def step(self):
+        """One step of every environment. Returns the rollout's arrays and its episodes at its end, None before."""
+        n = self.s.num_envs
+        self.start(self.s.playing < 0)
+        done = self.rng.random(n) < self.end
+        self.rows.append((self.s.playing.copy(), self.rng.uniform(self.low, 1, n), done))
+        self.start(done)
+        self.completed += int(done.sum())
+        if len(self.rows) < self.steps:
+            return None
+        arrays = [np.array(x) for x in zip(*self.rows)]
+        episodes = self.s.update(*arrays, **self.update)
+        mask = self.rng.random(n) < self.drop
+        self.s.drop(mask)
+        self.rows, self.dropped = [], self.dropped + int(mask.sum())
+        return arrays, episodes
+
+    def rollout(self):
+        return next(result for result in iter(self.step, 0) if result is not None)
+
+
+def slow_segments(levels, scores, dones, parts, stitch=False, score_tails=True):
+    """(env, level, steps, mean, max, complete) per segment, step by step; parts keeps the open ones if stitched."""
+    finished, tails = [], []
+    for i in range(len(levels[0])):
+        part = parts.pop(i, [])
+        for t in range(len(levels)):
+            part.append(scores[t][i])
+            if dones[t][i]:
+                finished.append((i, levels[t][i], len(part), fmean(part), max(part), True))
+                part = []
+        if part and stitch:
+            parts[i] = part
+        elif part and score_tails:
+            tails.append((i, levels[-1][i], len(part), fmean(part), max(part), False))
+    return finished + tails
+
+
+def slow_weights(score, age, coef, temperature, age_temperature):
+    """Rank scores and power staleness over the levels of score, a dict: level -> probability."""
+    ranked = sorted(score, key=score.get, reverse=True)
+    w = {level: (1 / (k + 1)) ** (1 / temperature) for k, level in enumerate(ranked)}
+    c = {level: age[level] ** (1 / age_temperature) for level in score}
+    c = c if any(c.values()) else dict.fromkeys(c, 1)
+    return {x: (1 - coef) * w[x] / sum(w.values()) + coef * c[x] / sum(c.values()) for x in score}
+
+
+def tick(age, level):
+    for other in age:
+        age[other] += 1
+    age[level] = 0
+
+
+class SlowBuffer:
+    """The buffer's rules on dicts: known levels are scored first, then new ones compete in order of appearance."""
+
+    def __init__(self, size, alpha, *weighting):
+        self.size, self.alpha, self.weighting = size, alpha, weighting
+        self.score, self.age, self.staged, self.counts = {}, {}, set(), dict.fromkeys(COUNTS, 0)
+
+    def drawn(self, level):
+        tick(self.age, level)
+        self.staged |= {level} - self.score.keys()
+
+    def mix(self, old, scores):
+        for m in scores:
+            old = (1 - self.alpha) * old + self.alpha * m
+        return old
+
+    def update(self, scored, playing):
+        fresh = {}
+        for level, m in scored:
+            if level in self.score:
+                self.score[level] = self.mix(self.score[level], [m])
+            elif level in self.staged:
+                fresh.setdefault(level, []).append(m)
+            else:
+                self.counts["late"] += 1
+        for level, (first, *rest) in fresh.items():
+            self.insert(level, self.mix(first, rest))
+        self.staged = (self.staged - fresh.keys()) & set(playing)
+
+    def insert(self, level, score):
+        if len(self.score) == self.size:
+            p = slow_weights(self.score, self.age, *self.weighting)
+            worst = min(p, key=p.get)
+            self.counts["rejected" if self.score[worst] > score else "evicted"] += 1
+            if self.score[worst] > score:
+                return
+            del self.score[worst]
+        self.score[level] = score
+
+
+# ---- the published numbers -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("case", GOLDEN["weights"], ids=lambda c: f"{c['score_transform']}-{c['staleness_transform']}")
+def test_published_weights(case):
+    s = fixed(len(case["scores"]), **{name: case[name] for name in SETTINGS})
+    s.scores[:], s.seen[:], s._clock = case["scores"], ~np.array(case["unseen"], bool), 100
+    s._drawn_at[:] = 100 - np.array(case["staleness"], int)
+    s._index()
+    np.testing.assert_allclose(s.weights(), case["weights"], rtol=0, atol=1e-6)
+
+
+def golden_scores(strategy, rollout):
+    if "advantages" in rollout:
+        return np.abs(rollout["advantages"]) if strategy == "value_l1" else np.array(rollout["advantages"])
+    logits = np.array(rollout["logits"])
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    if strategy == "policy_entropy":
+        return -(p * np.log(p)).sum(-1) / np.log(p.shape[-1])
+    first, second = np.moveaxis(np.sort(p)[..., :-3:-1], -1, 0)
+    return 1 - first + (second if strategy == "min_margin" else 0)
+
+
+@pytest.mark.parametrize("case", GOLDEN["rollouts"], ids=lambda c: f"{c['strategy']}-{c['alpha']}-{c['num_envs']}")
+def test_published_scores(case):
+    s = fixed(case["num_levels"], case["num_envs"], alpha=case["alpha"])
+    for rollout in case["rollouts"]:
+        s.update(rollout["levels"], golden_scores(case["strategy"], rollout), rollout["dones"])
+        np.testing.assert_allclose(s.scores, rollout["seed_scores"], rtol=0, atol=1e-6)
+        assert s.seen.tolist() == rollout["seen"]
+
+
+# ---- replay distribution ---------------------------------------------------------------------------------------------
+
+LEVELS = st.lists(st.tuples(st.integers(0, 50), st.booleans(), st.integers(0, 99)), min_size=1, max_size=12)
+
+
+def with_levels(rows, **options):
+    s = fixed(len(rows), **options)
+    scores, seen, ages = zip(*rows)
+    s.scores[:], s.seen[:], s._clock, s._drawn_at[:] = scores, seen, 100, 100 - np.array(ages)
+    s._index()
+    return s
+
+
+@pytest.mark.parametrize("kinds", itertools.product(TRANSFORMS, TRANSFORMS), ids="-".join)
+@given(LEVELS, st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.1, 1.0]))
+@settings(repeatable, max_examples=15)
+def test_weights_sum_to_1_over_seen_levels_only(kinds, rows, coef, t):
+    s = with_levels(rows, score_transform=kinds[0], staleness_transform=kinds[1], staleness_coef=coef, temperature=t)
+    p = s.weights()
+    assert math.isclose(p.sum(), s.seen.any(), abs_tol=1e-9) and (p >= 0).all() and (p[~s.seen] == 0).all()
+
+
+@given(LEVELS)
+@repeatable
+def test_rank_ignores_monotone_rescaling(rows):
+    base = with_levels(rows).weights()
+    for rescale in (lambda x: 3 * x - 70, lambda x: x**3, lambda x: math.exp(x / 10)):
+        np.testing.assert_array_equal(with_levels([(rescale(x), *rest) for x, *rest in rows]).weights(), base)
+
+
+def test_max_and_softmax_weights():
+    rows = [(3, True, 0), (9, False, 0), (5, True, 0), (5, True, 0)]
+    assert with_levels(rows, score_transform="max", staleness_coef=0).weights().tolist() == [0, 0, 0.5, 0.5]
+    e = np.exp([3, -np.inf, 5, 5])
+    p = with_levels(rows, score_transform="softmax", temperature=1, staleness_coef=0).weights()
+    np.testing.assert_allclose(p, e / e.sum())
+
+
+def test_softmax_staleness_ignores_much_older_unseen_levels():
+    s = fixed(3, staleness_coef=1, staleness_transform="softmax")
+    s.seen[:2], s._clock, s._drawn_at[:] = True, 3000, [2999, 2998, 0]
+    s._index()
+    np.testing.assert_allclose(s.weights(), [1 / (1 + math.e), math.e / (1 + math.e), 0])
+
+
+def test_softmax_of_big_scores_is_finite():
+    s = fill(fixed(3, score_transform="softmax", temperature=0.1, staleness_coef=0), range(3), [1e4, 1e4 - 0.1, 1e3])
+    np.testing.assert_allclose(s.weights(), [math.e / (1 + math.e), 1 / (1 + math.e), 0])
+
+
+def test_all_zero_power_weights_are_uniform_over_seen_only():
+    # published: uniform over all levels, unseen ones included
+    s = fixed(4, score_transform="power", staleness_coef=0.5)
+    s.update_scores([1, 3], [0, 0])
+    assert s.weights().tolist() == [0, 0.5, 0, 0.5]
+
+
+EVOLVING = [(0.0, 1.0, 1.0), (0.1, 0.5, 1.0), (0.5, 1.0, 0.5), (1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 0.25)]
+
+
+@pytest.mark.parametrize("coef, temperature, age_temperature", EVOLVING)
+def test_draws_follow_weights_while_staleness_evolves(coef, temperature, age_temperature):
+    s = fixed(8, staleness_coef=coef, temperature=temperature, staleness_temperature=age_temperature)
+    score = dict(enumerate(np.random.default_rng(0).normal(size=8).tolist()))
+    s.update_scores(list(score), list(score.values()))
+    age = dict.fromkeys(score, 0)
+    hits, mean, variance = np.zeros((3, 8))
+    for _ in range(5000):
+        p = np.array([*slow_weights(score, age, coef, temperature, age_temperature).values()])
+        np.testing.assert_allclose(s.weights(), p, atol=1e-12)
+        level = s.sample(replay=True)
+        tick(age, level)
+        assert s.staleness().tolist() == list(age.values())
+        hits[level], mean, variance = hits[level] + 1, mean + p, variance + p * (1 - p)
+    assert (np.abs(hits - mean) < 4.5 * np.sqrt(variance)).all()
+
+
+@pytest.mark.parametrize("path", ["rejection", "exact fallback"])
+def test_draws_follow_frozen_weights(path, monkeypatch):
+    rng, n = np.random.default_rng(0), 20_000
+    rows = [(x, x > 5, int(age)) for x, age in zip(rng.permutation(60), rng.integers(0, 100, 60))]
+    s = with_levels(rows, staleness_coef=0.7, temperature=2.0, staleness_temperature=0.5)
+    s._oldest = 0 if path == "rejection" else -(10**6)
+    p, drawn_at, exact, hits = s.weights(), s._drawn_at.copy(), [], np.zeros(60)
+    slow = s._staleness_weights
+    monkeypatch.setattr(s, "_staleness_weights", lambda: exact.append(1) or slow())
+    for _ in range(n):
+        hits[s.sample(replay=True)] += 1
+        s._clock, s._drawn_at[:] = 100, drawn_at
+    assert len(exact) < 0.01 * n if path == "rejection" else len(exact) > 0.6 * n  # the common path reads no array
+    big = n * p >= 5
+    got, want = (np.append(x[big], x[~big].sum()) for x in (hits, n * p))
+    assert hits[p == 0].sum() == 0
+    assert ((got - want) ** 2 / np.maximum(want, 1e-9)).sum() < big.sum() + 4 * np.sqrt(2 * big.sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_staleness_counts_draws(kind):
+    loop = Loop(make(kind, envs=3), drop=0.2)
+    age, used = dict.fromkeys(range(6), 0) if kind == "fixed" else {}, 0
+    for _ in range(400):
+        loop.step()
+        for level in loop.draws[used:]:
+            tick(age, level)
+        used = len(loop.draws)
+        s = loop.s
+        assert s.staleness()[s.levels >= 0].tolist() == [age[level] for level in s.levels[s.levels >= 0].tolist()]
+
+
+# ---- no leaks, exact resume ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_samplers_share_nothing_and_leave_np_random_alone(kind):
+    np.random.seed(5)
+    alone = [Loop(make(kind, envs=3, seed=seed), seed) for seed in (1, 2)]
+    mixed = copy.deepcopy(alone)
+    for loop in alone:
+        [loop.step() for _ in range(150)]
+    [loop.step() for _ in range(150) for loop in mixed]
+    assert [loop.draws for loop in mixed] == [loop.draws for loop in alone]
+    assert np.random.random() == np.random.RandomState(5).random()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_seed_repeats_the_draws_and_another_does_not(kind):  # (S9) thread order used to decide the draws
+    loops = [Loop(make(kind, envs=3, seed=seed)) for seed in (1, 1, 2)]
+    [loop.rollout() for loop in loops for _ in range(20)]
+    assert loops[0].draws == loops[1].draws != loops[2].draws
+
+
+def through_torch(state):
+    def tensors(x):
+        if isinstance(x, dict):
+            return {key: tensors(value) for key, value in x.items()}
+        return torch.from_numpy(x) if isinstance(x, np.ndarray) else x
+
+    file = io.BytesIO()
+    torch.save(tensors(state), file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+@pytest.mark.parametrize("through", [copy.deepcopy, through_torch], ids=["deepcopy", "torch"])
+@pytest.mark.parametrize("kind", [*KINDS, "sequential"])
+@given(SEEDS, st.integers(0, 90))
+@settings(repeatable, max_examples=20)
+def test_a_restored_sampler_continues_the_same(kind, through, seed, steps):
+    options = {"envs": 3, "alpha": 0.5} | ({"curriculum": "sequential"} if kind == "sequential" else {})
+    kind = "fixed" if kind == "sequential" else kind
+    a = Loop(make(kind, seed=seed, **options), seed, drop=0.2)
+    for _ in range(steps):
+        a.step()
+        a.s.record_returns(a.s.playing, a.rng.normal(size=3))
+    saved = a.s.state_dict()
+    b, before = copy.deepcopy(a), copy.deepcopy(saved)
+    b.s = make(kind, seed=seed + 1, **options)
+    b.s.load_state_dict(through(saved))
+    for _ in range(30):
+        a.step(), b.step()
+    assert a.draws == b.draws
+    np.testing.assert_equal(b.s.state_dict(), a.s.state_dict())
+    np.testing.assert_equal(saved, before)  # and what was saved has not moved
+
+
+# ---- scoring ---------------------------------------------------------------------------------------------------------
+
+
+@given(
+    SEEDS,
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.floats(0, 1),
+    st.sampled_from([1.0, 0.5, 0.1]),
+    *[st.booleans()] * 2,
+)
+@settings(repeatable, max_examples=150)
+def test_update_equals_plain_loops(seed, steps, envs, end, alpha, stitch, tails):
+    s = fixed(4, envs, seed=seed, alpha=alpha, stitch_episodes=stitch, curriculum="uniform")
+    loop, parts, score = Loop(s, seed, steps, end, low=-1.0, score_tails=tails), {}, {}
+    for _ in range(4):
+        arrays, episodes = loop.rollout()
+        want = slow_segments(*arrays, parts, stitch, tails)
+        np.testing.assert_allclose(np.array(episodes, float).T, np.array(want, float).reshape(-1, 6), atol=1e-12)
+        for _, level, _, mean, *_ in want:
+            score[level] = (1 - alpha) * score.get(level, 0.0) + alpha * mean
+        assert known(s) == pytest.approx(score, abs=1e-12) and s.seen.sum() == len(score)
+
+
+def test_update_returns_a_record_per_segment():  # done in order: env 0 twice, env 1 once, then the tails
+    levels = [[0, 2], [0, 2], [1, 2], [1, 3], [5, 3]]
+    scores = [[1, 4], [3, 5], [-2, 9], [-4, 1], [7, 0]]
+    dones = [[0, 0], [1, 0], [0, 1], [1, 0], [0, 0]]
+    got = [x.tolist() for x in fixed(6, 2).update(levels, scores, dones)]
+    assert got[:3] == [[0, 0, 1, 0, 1], [0, 1, 2, 5, 3], [2, 2, 3, 1, 2]]
+    assert got[3:] == [[2, -3, 6, 7, 0.5], [3, -2, 9, 7, 1], [True, True, True, False, False]]
+
+
+def test_a_tail_has_just_its_own_steps():  # (D1) one term too many at a tail; (S6) all rows of a larger array
+    s = fixed()
+    episodes = play(s, [0, 0, 0, 1, 1], [9, 9, 9, 0.2, 0.4], [0, 0, 1, 0, 0])
+    assert episodes.steps.tolist() == [3, 2] and s.scores[:2] == pytest.approx([9, 0.3])
+
+
+def test_a_score_of_0_counts_as_seen():  # (D2) a tail scored 0 left its level unseen
+    s = fixed()
+    play(s, [2, 2], [0, 0], [0, 0])
+    assert s.seen.tolist() == [False, False, True, False, False, False]
+
+
+def test_max_leaves_the_scores_alone():  # (D3) -inf written into the live scores, nan after the next update
+    s = fixed(score_transform="max", staleness_transform="max", alpha=0.5)
+    for level in (2, 3):
+        play(s, [level], [1.0], [1])
+        assert s.weights()[~s.seen].sum() == 0 and s.sample(replay=True) in (2, 3)
+    assert s.scores.tolist() == [0, 0, 0.5, 0.5, 0, 0]
+
+
+@pytest.mark.parametrize("alpha, want", [(1.0, 6.0), (0.5, 4.90625)])
+def test_one_level_in_several_envs_is_scored_in_order(alpha, want):  # (D12) the last write won, whatever it was
+    s = fixed(1, 3, alpha=alpha)
+    s.update(np.zeros((2, 3)), [[1, 3, 4], [2, 9, 5]], [[1, 0, 1], [1, 0, 1]])  # 1, 2, 4, 5, then the tail's 6
+    assert s.scores[0] == want
+
+
+@pytest.mark.parametrize("make_one", [lambda: fixed(10, **RANK), lambda: fill(buffer(10, **RANK), [3, 5], [-9, -9])])
+def test_unseen_levels_and_empty_slots_take_no_rank(
+    make_one,
+):  # (dcd) zeros of unfilled slots outranked negative scores
+    s = make_one()
+    s.update_scores([3, 5], [-2.0, -1.0])
+    p = dict(zip(s.levels.tolist(), s.weights()))
+    assert (p[3], p[5]) == pytest.approx((1 / 3, 2 / 3))
+
+
+def test_scores_are_means_and_cut_episodes_weigh_by_steps():  # (S3) sums for finished episodes, means for others
+    score = np.random.default_rng(0).uniform(size=100)
+    for cuts in ([], [1], [37, 38, 90]):
+        s = fixed(stitch_episodes=True)
+        for part in np.split(np.arange(100), cuts):
+            episodes = play(s, [4] * len(part), score[part], part == 99)
+            assert s.seen[4] == (part[-1] == 99)
+        assert s.scores[4] == pytest.approx(score.mean(), abs=1e-12)
+        assert episodes.steps.tolist() == [100] and episodes.max_score[0] == score.max()
+
+
+def test_a_dropped_tail_is_not_stitched():
+    s = fixed(stitch_episodes=True)
+    s.next_levels([True], levels=[2])
+    play(s, [2, 2], [9, 9], [0, 0])
+    s.drop([True])
+    s.next_levels([True], levels=[2])
+    play(s, [2, 2], [1, 2], [0, 1])
+    assert s.scores[2] == 1.5
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_last_environment_is_scored(kind):  # (S4) arrays sized without some environments
+    s = make(kind, size=64, envs=64)
+    s.next_levels(np.ones(64, bool), levels=np.arange(64))
+    s.update([np.arange(64)] * 2, [np.arange(64)] * 2, [[0] * 64, [1] * 64])
+    assert known(s) == dict(enumerate(range(64)))
+
+
+def test_an_unknown_level_raises_and_scores_nothing():  # (S5) the score landed on the last level
+    s = fixed(4)
+    for call in (
+        lambda: play(s, [7], [1.0], [1]),
+        lambda: play(s, [7], [1.0], [0], score_tails=False),
+        lambda: s.update_scores([0, 7], [1.0, 1.0]),
+        lambda: s.next_levels([True], levels=[7]),
+        lambda: s.record_returns([7], [1.0]),
+        lambda: s.best_returns([7]),
+    ):
+        with pytest.raises(ValueError, match="level 7"):
+            call()
+    assert not s.seen.any() and not s.scores.any() and np.isnan(s.best_return).all()
+
+
+# ---- ledger ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("envs", [1, 2, 10, 64])
+@pytest.mark.parametrize("kind, drop", [("fixed", 0.0), ("buffer", 0.2)])
+def test_ledger_balances_at_every_step(kind, drop, envs):
+    s = make(kind, envs=envs, level_space=10**6)
+    loop = Loop(s, end=0.6, drop=drop)
+    while loop.completed < 12_500:  # 1e5 over the eight cases
+        loop.step()
+        got = [s.counts[name] for name in ("started", "completed", "dropped")]
+        assert balanced(s) and got == [len(loop.draws), loop.completed, loop.dropped]
+    m = s.metrics()
+    assert m["started"] == m["completed"] + m["in_progress"] + m["dropped"]
+
+
+def test_totals_are_the_same_for_1_and_10_environments():
+    lengths = np.random.default_rng(0).integers(1, 9, 1000)
+    totals = []
+    for envs in (1, 10):
+        ends = np.cumsum(lengths.reshape(envs, -1), 1) - 1
+        dones = np.zeros((ends.max() + 8, envs), bool)
+        np.put_along_axis(dones, ends.T, True, 0)
+        s, records, rows = fixed(5, envs), [], []
+        s.next_levels(np.ones(envs, bool))
+        for t, done in enumerate(dones):
+            rows.append(s.playing.copy())
+            s.next_levels(done)
+            if t % 16 == 15 or t == len(dones) - 1:
+                n = len(rows)
+                records.append(s.update(np.array(rows), np.ones((n, envs)), dones[t + 1 - n : t + 1]))
+                rows = []
+        assert balanced(s) and s.counts["started"] == 1000 + envs
+        totals.append((s.counts["completed"], sum(int(r.complete.sum()) for r in records)))
+    assert totals == [(1000, 1000)] * 2
+
+
+@pytest.mark.parametrize("options", [{"replay": True}, {"levels": [9, 9]}], ids=str)
+def test_a_refused_start_leaves_the_ledger_balanced(options):
+    s = fixed(3, 2)
+    with pytest.raises(ValueError):
+        s.next_levels([True, True], **options)
+    assert balanced(s)
+
+
+def test_a_dropped_episode_keeps_the_level_s_score():
+    s = fill(fixed(3, 2), [0, 1], [0.5, 0.7])
+    s.next_levels([True, True], levels=[0, 1])
+    s.drop([True, False])
+    assert s.scores.tolist() == [0.5, 0.7, 0] and s.playing.tolist() == [-1, 1] and balanced(s)
+
+
+def test_a_drop_in_mid_rollout_loses_no_finished_episode():
+    s = buffer(4, 2)
+    a, b = s.next_levels([True, True]).tolist()
+    c = s.next_levels([True, False])[0]  # a is finished, its score still to come
+    s.drop([False, True])
+    d = s.next_levels([False, True])[1]
+    s.update([[a, b], [c, d]], np.ones((2, 2)), [[1, 1], [0, 0]])
+    assert {a, c, d} <= set(s.levels.tolist()) and balanced(s)
+
+
+# ---- which level next ------------------------------------------------------------------------------------------------
+
+
+def share(s, n=8000):
+    return sum(s.decide_replay() for _ in range(n)) / n
+
+
+@pytest.mark.parametrize("schedule", ["fixed", "proportionate"])
+@pytest.mark.parametrize("kind", ["fixed", "buffer"])
+@pytest.mark.parametrize("nu, rho", [(0.5, 0.0), (0.5, 0.5), (0.2, 0.3), (0.0, 1.0), (1.0, 0.2)])
+def test_replay_share(schedule, kind, nu, rho):
+    s = make(kind, size=10, nu=nu, rho=rho, replay_schedule=schedule)
+    assert share(s) == 0
+    for level in range(10):
+        fill(s, [level], [0.5])
+        seen = (level + 1) / 10
+        want = 1 - nu if schedule == "fixed" else seen if kind == "fixed" else min(seen, 1 - nu)
+        want = 1.0 if kind == "fixed" and seen == 1 else want if seen >= rho else 0.0
+        assert abs(share(s, 2000) - want) <= 4.5 * math.sqrt(want * (1 - want) / 2000)
+
+
+def test_realised_replay_share():
+    loop = Loop(buffer(20, 4, nu=0.5, rho=0.5), end=1.0)
+    [loop.step() for _ in range(200)]
+    before = dict(loop.s.counts)
+    [loop.step() for _ in range(1000)]
+    assert abs((loop.s.counts["replayed"] - before["replayed"]) / 4000 - 0.5) < 4.5 * math.sqrt(0.25 / 4000)
+
+
+def test_one_decision_serves_a_whole_rollout():
+    s = fill(buffer(4, 16, rho=0.5, seed=3), range(4), [1, 2, 3, 4])
+    decisions = set()
+    for _ in range(20):
+        replay = s.decide_replay()
+        started = s.next_levels(np.ones(16, bool), replay=replay)
+        assert (np.isin(started, s.levels) == replay).all()
+        decisions.add(replay)
+    assert decisions == {True, False}
+
+
+def test_explicit_levels_start_only_where_done():
+    s = fill(buffer(4, 3), [10, 11], [1, 2])
+    s.next_levels([True] * 3, levels=[10, 11, 12])
+    assert s.next_levels([True, False, True], levels=[77, 88, 99]).tolist() == [77, 11, 99]
+    assert s.staleness()[:2].tolist() == [4, 3] and s.counts["replayed"] == s.counts["new"] == 0
+    s.update([[77, 11, 99]], [[1, 1, 1]], [[0, 0, 0]])
+    assert known(s) == {10: 1, 11: 1, 77: 1, 99: 1}
+
+
+def test_every_environment_plays_what_it_was_dealt():
+    s, rng = buffer(4, 5, rho=0.5, level_space=50), np.random.default_rng(0)
+    before = s.next_levels(np.ones(5, bool))
+    for _ in range(200):
+        done = rng.random(5) < 0.4
+        after = s.next_levels(done)
+        assert (after[~done] == before[~done]).all() and (after == s.playing).all() and (after >= 0).all()
+        before = after
+
+
+def test_fixed_set_deals_unseen_levels_until_all_are_seen():
+    loop = Loop(fixed(30, 4))  # rho = 1, proportionate: the published Procgen setting
+    while not loop.s.seen.all():
+        unseen, used = set(np.flatnonzero(~loop.s.seen).tolist()), len(loop.draws)
+        loop.rollout()
+        assert set(loop.draws[used:]) <= unseen
+    assert loop.s.counts["replayed"] == 0
+    loop.rollout()
+    assert loop.s.counts["replayed"] > 0
+
+
+def test_sequential_deals_levels_in_order_and_uniform_all_alike():
+    s = LevelSampler([5, 3, 8], num_envs=2, seed=1, curriculum="sequential")
+    assert [s.next_levels([True, True]).tolist() for _ in range(3)] == [[5, 3], [8, 5], [3, 8]]
+    s = fixed(5, curriculum="uniform")
+    assert np.abs(np.bincount([s.sample() for _ in range(5000)]) - 1000).max() < 4.5 * math.sqrt(5000 * 0.16)
+
+
+COMBINATIONS = [
+    (kind, curriculum, schedule)
+    for kind, curriculum, schedule in itertools.product(
+        ({"levels": range(5)}, {"buffer_size": 5}, {}), ("plr", "uniform", "sequential"), ("fixed", "proportionate")
+    )
+    if kind or curriculum != "plr"
+]
+
+
+@pytest.mark.parametrize("kind, curriculum, schedule", COMBINATIONS, ids=str)
+def test_every_combination_runs_on_after_all_levels_are_seen(kind, curriculum, schedule):
+    # (S1) a public method called one that did not exist; (S2) default settings failed once all levels were seen
+    s = LevelSampler(**kind, num_envs=3, seed=1, curriculum=curriculum, replay_schedule=schedule)
+    loop = Loop(s, drop=0.1)
+    for _ in range(40):
+        loop.rollout()
+        s.record_returns(s.playing[s.playing >= 0], np.ones((s.playing >= 0).sum()))
+        s.update_scores(s.levels[s.seen], s.scores[s.seen])
+        s.load_state_dict(s.state_dict())
+        assert math.isclose(s.weights().sum(), s.seen.any()) and s.best_returns(np.array(loop.draws)).max() <= 1
+        assert s.decide_replay() in (True, False) and s.sample() >= 0 and (s.staleness() >= 0).all()
+        assert all(np.isscalar(x) and np.isfinite(x) for x in s.metrics().values())
+    assert s.seen.all() and balanced(s) and (s.counts["replayed"] > 0) == (curriculum == "plr")
+
+
+def test_metrics():
+    s = fill(buffer(4, staleness_coef=1.0), [7, 8], [1.0, 3.0])
+    m = s.metrics()
+    assert (m["seen_share"], m["score_mean"], m["score_max"], m["staleness_max"]) == (0.5, 2.0, 3.0, 1)
+    assert m["effective_levels"] == pytest.approx(1) and m["staleness_mean"] == 0.5 and m["replay_share"] == 0
+
+
+# ---- buffer ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("alpha, weighting", [(1.0, (0.3, 0.1, 1.0)), (0.5, (0.1, 1.0, 2.0)), (0.5, (1.0, 1.0, 1.0))])
+def test_buffer_equals_a_plain_simulation(alpha, weighting, seed):
+    names = ("staleness_coef", "temperature", "staleness_temperature")
+    s = buffer(6, 3, seed=seed, alpha=alpha, level_space=30, rho=0.5, **dict(zip(names, weighting)))
+    loop, slow, used = Loop(s, seed, drop=0.2, low=-1.0), SlowBuffer(6, alpha, *weighting), 0
+    for _ in range(120):
+        arrays, _ = loop.rollout()
+        for level in loop.draws[used:]:
+            slow.drawn(level)
+        used = len(loop.draws)
+        slow.update([(level, mean) for _, level, _, mean, *_ in slow_segments(*arrays, {})], s.playing.tolist())
+        assert known(s) == pytest.approx(slow.score, abs=1e-12) and {k: s.counts[k] for k in COUNTS} == slow.counts
+        assert s.staleness()[s.seen].tolist() == [slow.age[level] for level in s.levels[s.seen].tolist()]
+    assert min(slow.counts["evicted"], slow.counts["rejected"]) > 5
+
+
+def full(**options):
+    """A buffer of 3 whose lowest replay probability is level 12's: equal staleness weights, lowest score."""
+    return fill(buffer(3, **{**RANK, "staleness_transform": "constant", **options}), [10, 11, 12], [3.0, 2.0, 1.0])
+
+
+@pytest.mark.parametrize("score, count", [(0.9, "rejected"), (1.0, "evicted"), (1.1, "evicted")])
+def test_a_new_level_needs_a_score_at_least_as_high(score, count):
+    s = fill(full(), [20], [score])
+    assert (s.counts[count], (20 in s.levels), (12 in s.levels)) == (1, count == "evicted", count == "rejected")
+
+
+def test_the_lowest_replay_probability_is_evicted_not_the_lowest_score():
+    s = full(staleness_coef=1.0, staleness_transform="power")
+    s.next_levels([True], levels=[10])  # now 12 is older than 10: more probable, though its score is lowest
+    assert 10 in s.levels and 10 not in fill(s, [20], [9.0]).levels
+    s = full(staleness_coef=1.0, staleness_transform="power")
+    s.next_levels([True], levels=[10])
+    assert 10 in fill(s, [20], [2.5]).levels and s.counts["rejected"] == 1  # its score is higher, so it stays
+
+
+@pytest.mark.parametrize("score, gone", [(9.0, 12), (0.0, 20)], ids=["evicted", "rejected"])
+def test_a_late_score_changes_nothing(score, gone):  # (D6) it overwrote the level that had taken the slot
+    s = fill(full(), [20], [score])
+    s.next_levels([True], levels=[10])
+    before = s.state_dict()
+    s.update_scores([gone, gone], [42.0, 43.0])
+    s.record_returns([gone], [42.0])
+    before["counts"]["late"] += 2
+    np.testing.assert_equal(s.state_dict(), before)
+
+
+@pytest.mark.parametrize("score", [0.0, -0.5])
+def test_a_new_level_with_a_score_of_0_or_less_enters(score):  # (D8) such tails stayed staged for ever
+    s = buffer(3)
+    level = s.next_levels([True])[0]
+    play(s, [level] * 2, [score] * 2, [0, 0])
+    assert known(s) == {level: score} and len(s.state_dict()["staged"]) == 0
+
+
+@pytest.mark.parametrize("kind", ["buffer", "stitched"])
+def test_memory_is_bounded_and_ids_are_unique(kind):
+    s = make(kind, envs=4, nu=0.9)
+    loop = Loop(s, steps=4, end=0.5, drop=0.2)
+    for _ in range(1500):
+        loop.rollout()
+        kept = s.levels[s.levels >= 0]
+        assert len(s._staged) <= 4 and len(np.unique(kept)) == len(kept) and not set(kept.tolist()) & set(s._staged)
+    assert s.counts["new"] > 6000 and s.counts["evicted"] > 100
+
+
+def test_new_levels_are_never_in_the_buffer():
+    s = buffer(8, level_space=12)
+    for k in range(300):
+        level = s.sample(replay=False)
+        assert 0 <= level < 12 and level not in s.levels
+        s.update_scores([level], [k])
+
+
+def test_no_level_is_not_a_level():
+    s = buffer(3)
+    for call in (lambda: play(s, [-1], [0.5], [1]), lambda: s.next_levels([True], levels=[-1])):
+        with pytest.raises(ValueError, match="level"):
+            call()
+    assert not s.seen.any() and s.num_seen == 0 and balanced(s)
+
+
+# ---- MaxMC -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["fixed", "buffer"])
+def test_best_return_is_the_highest_so_far(kind):
+    s = fill(make(kind, size=3), [0, 1], [1, 1])
+    s.record_returns(np.array([0, 1, 0]), np.array([-5.0, -2.0, -3.0]))
+    s.record_returns(np.array([0]), np.array([-4.0]))
+    assert s.best_returns(np.array([[0, 1], [2, 0]]), default=-9.0).tolist() == [[-3, -2], [-9, -3]]
+    assert s.best_returns(np.array([2])).tolist() == [0]
+
+
+def test_best_returns_takes_any_shape():
+    s = buffer(3)
+    level = int(s.next_levels([True])[0])
+    s.record_returns([level], [-3.0])
+    for shaped in (np.array([[level]]), [level], level):
+        assert (s.best_returns(shaped) == -3).all()
+
+
+def test_best_return_follows_the_level():
+    s = full()
+    s.record_returns([10, 11, 12], [1.0, 2.0, 3.0])
+    assert s.best_returns(np.array([20]), -1.0) == -1
+    s.next_levels([True], levels=[20])
+    s.record_returns([20], [-7.0])  # before its first score
+    assert s.best_returns(np.array([20])) == -7
+    s.update_scores([20], [9.0])
+    fill(s, [21], [9.0])
+    assert 12 not in s.levels and 11 not in s.levels
+    assert s.best_returns(np.array([10, 11, 12, 20, 21]), -1.0).tolist() == [1, -1, -1, -7, -1]
+
+
+@pytest.mark.parametrize("options", [{"stitch_episodes": True}, {}], ids=["stitched", "no tails"])
+def test_best_return_of_an_episode_that_spans_rollouts(options):
+    s = buffer(3, **options)
+    level = s.next_levels([True])
+    rewards = np.array([[1.0, 2.0], [3.0, -4.0]])
+    for part, dones in zip(rewards, ([0, 0], [0, 1])):
+        assert s.best_returns(level, -9.0) == -9 and level not in s.levels
+        play(s, [level[0]] * 2, part, dones, score_tails=False) if not dones[-1] else None
+    s.record_returns(level, [rewards.sum()])
+    play(s, [level[0]] * 2, rewards[1], [0, 1], score_tails=False)
+    assert s.best_returns(level) == 2 and s.best_return[0] == 2
+
+
+# ---- ergonomics ------------------------------------------------------------------------------------------------------
+
+BAD_OPTIONS = [
+    *(({name: "nope"}, name) for name in ("curriculum", "score_transform", "staleness_transform", "replay_schedule")),
+    *(({name: bad}, name) for name in ("eps", "staleness_coef", "rho", "nu", "alpha") for bad in (-0.1, 1.1, math.nan)),
+    *(({name: bad}, name) for name in ("temperature", "staleness_temperature", "num_envs") for bad in (0, -1)),
+    *(({"levels": bad}, "levels") for bad in ([], [1, 1], [-1, 2], [0.5, 1.5], None)),
+    ({"alpha": 0.0}, "alpha"),
+    ({"buffer_size": 3}, "buffer_size"),
+    ({"levels": None, "buffer_size": -3}, "buffer_size"),
+    ({"levels": None, "buffer_size": 8, "level_space": 8}, "level_space"),  # no new level could ever be found
+]
+
+
+@pytest.mark.parametrize("options, name", BAD_OPTIONS, ids=str)
+def test_bad_options_are_named(options, name):
+    with pytest.raises(ValueError, match=name):
+        LevelSampler(**{"levels": range(3), "num_envs": 2, "seed": 1, **options})
+
+
+ZEROS, DONE = np.zeros((3, 2)), np.ones((3, 2))
+NAN_TAIL = np.array([[1, 1], [1, 1], [1, np.nan]])
+BAD_CALLS = {
+    "done": ("done", lambda s: s.next_levels([True])),
+    "done scalar": ("done", lambda s: s.next_levels(True)),
+    "explicit levels": ("levels", lambda s: s.next_levels([True, True], levels=[0])),
+    "drop": ("shape", lambda s: s.drop([True])),
+    "update envs": ("levels.*shape", lambda s: s.update(ZEROS[:, :1], ZEROS[:, :1], ZEROS[:, :1])),
+    "update 1-d": ("levels.*shape", lambda s: s.update(ZEROS[0], ZEROS[0], ZEROS[0])),
+    "update scores": ("step_scores.*shape", lambda s: s.update(ZEROS, ZEROS[:2], DONE)),
+    "update dones": ("dones.*shape", lambda s: s.update(ZEROS, ZEROS, DONE[:2])),
+    "update nan": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, DONE)),
+    "update inf": ("scores.*nan", lambda s: s.update(ZEROS, ZEROS + np.inf, DONE)),
+    "update nan tail": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS)),
+    "update nan tail left out": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS, score_tails=False)),
+    "level changes": ("level changes", lambda s: s.update([[0, 0], [0, 1], [0, 1]], ZEROS, ZEROS)),
+    "update_scores": ("scores", lambda s: s.update_scores([0, 1], [0.5])),
+    "record_returns": ("returns", lambda s: s.record_returns([0, 1], [0.5])),
+    "replay": ("replay", lambda s: s.sample(replay=True)),
+    "negative power": ("power", lambda s: (s.update_scores([0], [-1.0]), s.weights())),
+    "other state": ("state", lambda s: s.load_state_dict(make("fixed", size=3, envs=1).state_dict())),
+    "other levels": ("state", lambda s: s.load_state_dict(LevelSampler([0, 1, 3], num_envs=2, seed=1).state_dict())),
+    "state of a set": ("state", lambda s: buffer(3, 2).load_state_dict(s.state_dict())),
+}
+
+
+@pytest.mark.parametrize("name", BAD_CALLS)
+@pytest.mark.parametrize("stitch", [False, True], ids=["", "stitched"])
+def test_bad_calls_are_named_and_change_nothing(name, stitch):
+    message, call = BAD_CALLS[name]
+    s = fixed(3, 2, stitch_episodes=stitch, score_transform="power" if "power" in name else "rank")
+    s.update([[2, 2]], [[1, 1]], [[0, 0]], score_tails=False)  # leaves open tails if stitched
+    before = s.state_dict()
+    with pytest.raises(ValueError, match=message):
+        call(s)
+    if name != "negative power":
+        np.testing.assert_equal(s.state_dict(), before)
+
+
+def test_torch_tensors_and_lists_are_taken_like_arrays():
+    arrays = [[0, 1], [1, 2]], [[0.5, 0.25], [1, 2]], [[1, 1], [0, 0]]
+    a, b = fixed(3, 2), fixed(3, 2)
+    a.update(*arrays)
+    b.update(*map(torch.tensor, arrays))
+    np.testing.assert_equal(a.state_dict(), b.state_dict())
+
+
+def test_the_sampler_needs_numpy_only():
+    code = (
+        "import sys, plr_sampler; sys.exit(bool({'torch', 'gym', 'gymnasium', 'gym3', 'procgen'} & set(sys.modules)))"
+    )
+    root = Path(__file__).resolve().parents[1]
+    assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
