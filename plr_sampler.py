@@ -3,14 +3,12 @@
 One class, NumPy only. It knows nothing of environments, networks or logging; copy this file next to any training loop.
 
     sampler = LevelSampler(levels=range(200), num_envs=64, seed=1)     # a fixed set of levels (PLR on Procgen)
-    sampler = LevelSampler(buffer_size=4000, num_envs=32, seed=1)      # a bounded buffer over an unlimited level space
-
+    sampler = LevelSampler(buffer_size=4000, num_envs=64, seed=1)      # or a bounded buffer over an unlimited space
     levels = sampler.next_levels(np.ones(64, bool))                    # (N,) the level each environment starts with
     levels = sampler.next_levels(done)                                 # during a rollout: a new one where done
     sampler.update(played_levels, step_scores, dones)                  # after it, from arrays of shape (T, N)
 
 Papers: PLR, Jiang et al. 2021 (arXiv 2010.03934); Robust PLR, Jiang et al. 2021 (arXiv 2110.02439).
-
 Names. The PLR paper's rho is `staleness_coef` here and its beta is `temperature`, as in every published code base;
 `rho` here is the share of levels that must have been scored before replay may start, as in the released code.
 """
@@ -121,7 +119,6 @@ class LevelSampler:
         self.counts = dict.fromkeys("started completed dropped replayed new evicted rejected late".split(), 0)
         # Staleness counts the draws since a level's own last draw. Keeping the time of that draw makes a draw O(1).
         self._clock, self._drawn_at = 0, np.zeros(size, np.int64)
-        self._oldest = 0  # lower bound of _drawn_at over seen levels, tightened by each update
         self._next = 0  # sequential: number of levels dealt
         self._staged: dict[int, tuple[int, float]] = {}  # new levels in play, not yet scored: (drawn at, best return)
         self._tails = np.full((4, self.num_envs), -1.0)  # stitching: level, steps, sum and maximum of open tails
@@ -135,9 +132,8 @@ class LevelSampler:
         The episode in progress there counts as completed: `drop` it first if it was abandoned. replay: None decides
         for each episode (PLR); a bool imposes one decision (Robust PLR). levels (N,): no draw, start these where done.
         """
-        if levels is not None and np.shape(levels) != (self.num_envs,):
-            raise ValueError(f"levels has shape {np.shape(levels)}, expected ({self.num_envs},)")
-        for i in np.flatnonzero(self._mask(done, "done")):
+        levels = None if levels is None else self._per_env(levels, "levels")
+        for i in np.flatnonzero(self._per_env(done, "done")):
             level = self.sample(replay) if levels is None else self._drawn(int(levels[i]))
             self.counts["started"] += 1
             self.counts["completed"] += int(self.playing[i] >= 0)
@@ -146,7 +142,7 @@ class LevelSampler:
 
     def drop(self, mask: ndarray) -> None:
         """Abandons the episodes in progress where mask (N,) bool: counted as dropped, their open tails never scored."""
-        mask = self._mask(mask, "mask") & (self.playing >= 0)
+        mask = self._per_env(mask, "mask").astype(bool) & (self.playing >= 0)
         self.counts["dropped"] += int(mask.sum())
         self.playing[mask] = self._tails[0, mask] = -1
 
@@ -155,10 +151,8 @@ class LevelSampler:
         seen = self.num_seen / max(len(self.levels), 1)
         if self.num_seen == 0 or seen < self.rho:
             return False
-        if self.fixed and seen == 1:
-            return True
         fixed = self.replay_schedule == "fixed" or (not self.fixed and seen > 1 - self.nu)
-        return bool(self.rng.random() < (1 - self.nu if fixed else seen))
+        return (self.fixed and seen == 1) or bool(self.rng.random() < (1 - self.nu if fixed else seen))
 
     def sample(self, replay: bool | None = None) -> int:
         """Draws one level id. replay as in `next_levels`. Raises ValueError if replay is asked for but none is seen."""
@@ -197,8 +191,7 @@ class LevelSampler:
     def _score_weights(self) -> ndarray:
         """P_S of eq. 3 over the seen slots; an unseen level never takes a rank from a seen one."""
         scores = np.where(self.seen, self.scores, -np.inf)
-        # a score of 0 keeps a chance under power; with staleness mixed in it has one already
-        offset = 0.0 if self.staleness_coef > 0 else 1e-3
+        offset = 0.0 if self.staleness_coef > 0 else 1e-3  # under power, a score of 0 keeps a chance
         return transform(scores, self.score_transform, self.temperature, self.eps, offset, self.seen)
 
     def _staleness_weights(self) -> ndarray:
@@ -242,8 +235,7 @@ class LevelSampler:
 
         levels: (T, N) int, the level of each step. step_scores: (T, N) float. dones: (T, N), true where that step
         ended its episode (CleanRL's `dones` shifted by one). score_tails=False leaves out the episodes that the end of
-        the rollout cuts off. Raises ValueError on other shapes, on scores that are not finite, on a level that changes
-        within an episode and on one that a fixed set does not have.
+        the rollout cuts off. ValueError for other shapes, scores not finite, unknown levels, a level that changes.
         """
         levels, step_scores = np.asarray(levels, np.int64), np.asarray(step_scores, np.float64)
         dones = np.asarray(dones).astype(bool)
@@ -252,10 +244,8 @@ class LevelSampler:
             raise ValueError(f"levels, step_scores and dones must share one shape (T, {self.num_envs}), got {shapes}")
         if not np.isfinite(step_scores).all():
             raise ValueError("step_scores holds nan or infinite values")
-        self._slots(levels[dones | (np.arange(len(levels))[:, None] == len(levels) - 1)])  # refuses unknown levels
         num_steps = len(levels)
         level, score, done = levels.T.ravel(), step_scores.T.ravel(), dones.T.ravel()  # (N * T,), one env after another
-
         # segments: an environment's steps up to a done, or up to the end of the rollout
         last = done.copy()
         last[num_steps - 1 :: num_steps] = True
@@ -264,8 +254,8 @@ class LevelSampler:
         env, steps, complete, level_of = starts // num_steps, ends - starts + 1, done[ends], level[starts]
         if (level != np.repeat(level_of, steps)).any():
             raise ValueError("a level changes within an episode: levels[t] must be the level that step t was played on")
+        self._slots(level_of)  # refuses unknown levels
         sums, maxima = np.add.reduceat(score, starts), np.maximum.reduceat(score, starts)
-
         if self.stitch_episodes:  # Algorithm 4: an episode's first part waits in _tails for the rest
             level_before, steps_before, sum_before, max_before = self._tails[:, env]
             resumed = (starts % num_steps == 0) & (level_before == level_of)
@@ -305,7 +295,6 @@ class LevelSampler:
                     self.counts["late"] += int(n[j])  # evicted or rejected meanwhile: nothing to credit it to
             if not self.fixed:
                 self._index()
-        self._oldest = int(self._drawn_at[self._seen_slots].min(initial=self._clock))
 
     def _insert(self, level: int, score: float) -> None:
         """A new level takes an empty slot, or that of the lowest replay probability if its score is not higher."""
@@ -341,10 +330,10 @@ class LevelSampler:
 
     # ---- bookkeeping -----------------------------------------------------------------------------------------------
 
-    def _mask(self, mask: ndarray, name: str) -> ndarray:
-        if np.shape(mask) != (self.num_envs,):
-            raise ValueError(f"{name} has shape {np.shape(mask)}, expected ({self.num_envs},)")
-        return np.asarray(mask, bool)
+    def _per_env(self, x: ndarray, name: str) -> ndarray:
+        if np.shape(x) != (self.num_envs,):
+            raise ValueError(f"{name} has shape {np.shape(x)}, expected ({self.num_envs},)")
+        return np.asarray(x)
 
     def _slots(self, levels: ndarray) -> ndarray:
         """The slot of each level, any shape; -1 where the buffer has none, ValueError where there cannot be one."""
@@ -366,6 +355,7 @@ class LevelSampler:
     def _index_seen(self) -> None:
         self._seen_slots, self._unseen = np.flatnonzero(self.seen), np.flatnonzero(~self.seen)
         self.num_seen, self._score_cdf = len(self._seen_slots), None
+        self._oldest = int(self._drawn_at[self._seen_slots].min(initial=self._clock))  # a lower bound, also after draws
 
     def metrics(self) -> dict[str, float]:
         """What a curriculum plot needs, all scalars. effective_levels is exp(entropy of P_replay)."""
@@ -398,14 +388,13 @@ class LevelSampler:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`. Raises ValueError if it comes from a sampler of another shape or level set."""
         arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
-        same = state["fixed"] == self.fixed
-        same &= all(arrays[name].shape == getattr(self, name).shape for name in self._ARRAYS)
+        same = state["fixed"] == self.fixed and all(arrays[k].shape == getattr(self, k).shape for k in self._ARRAYS)
         if not same or (self.fixed and (arrays["levels"] != self.levels).any()):
             raise ValueError("the state belongs to a sampler with other levels or another number of environments")
         for name in self._ARRAYS:
             getattr(self, name)[:] = arrays[name]
+        self._index()
         self._staged = {int(level): (int(at), float(best)) for level, at, best in np.asarray(state["staged"])}
         self.counts = dict(state["counts"])
         self._clock, self._oldest, self._next = state["clocks"]
         self.rng.bit_generator.state = state["rng"]
-        self._index()

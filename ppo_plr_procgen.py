@@ -166,7 +166,6 @@ class Args:
     compile: bool = False
     """torch.compile the network"""
 
-    # Derived
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
     num_iterations: int = field(init=False)
@@ -215,9 +214,7 @@ def check_args(args: Args) -> None:
         require("start_level", lambda x: x == 0, "0 with --num-levels 0, which draws from all levels")
         require("curriculum", lambda x: x != "plr", "uniform or sequential with --num-levels 0: plr needs a fixed set")
     if args.curriculum == "plr" and args.score in SIGNED_SCORES:
-        require(
-            "score_transform", lambda x: x != "power", f"another with --score {args.score}: power needs scores >= 0"
-        )
+        require("score_transform", lambda x: x != "power", f"another: --score {args.score} can be negative")
 
 
 # ---- levels and environments ----------------------------------------------------------------------------------------
@@ -239,7 +236,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
         with contextlib.redirect_stderr(io.StringIO()):  # procgen imports the dead package gym, which prints a notice
             from procgen import ProcgenGym3Env
 
-        # rand_seed: Procgen would draw one from the operating system. start_level never matters: see reset.
+        # rand_seed: Procgen would draw one from the operating system
         make = functools.partial(ProcgenGym3Env, env_name=env_id, distribution_mode=mode, num_levels=1, rand_seed=0)
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
         self.level_start = functools.lru_cache(maxsize=4096)(  # 21-38 KB and 0.5 ms each
@@ -576,8 +573,8 @@ def main() -> None:
             "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
         }
 
-    what = f"{args.num_levels or 'unbounded'} levels, {args.curriculum}"
-    print(f"{args.env_id} ({args.distribution_mode}), {what}, seed {args.seed}: {run_dir}", flush=True)
+    what = f"{args.env_id} ({args.distribution_mode}), {args.num_levels or 'unbounded'} levels, {args.curriculum}"
+    print(f"{what}, seed {args.seed}: {run_dir}", flush=True)
     if device.type == "cpu":
         why = "No CUDA device" if args.cuda else "--no-cuda"
         print(f"{why}: training on {torch.get_num_threads()} CPU threads. How long it will take:", flush=True)
@@ -657,30 +654,26 @@ def main() -> None:
         b_advantages, b_returns, b_values = advantages.reshape(-1), returns.reshape(-1), values.reshape(-1)
         losses, updates = torch.zeros(6, device=device), 0  # summed over the minibatches, read once
         for _epoch in range(args.update_epochs):
-            b_inds = torch.randperm(args.batch_size, device=device)
-            for mb_inds in b_inds.split(args.minibatch_size):
+            for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
                 _, newlogprob, entropy, newvalue, _ = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
                 logratio = newlogprob - b_logprobs[mb_inds]
                 ratio = logratio.exp()
                 mb_advantages = b_advantages[mb_inds]
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-
                 pg_loss1 = -mb_advantages * ratio
                 pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
-
                 v_change = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
                 v_loss_unclipped = (newvalue - b_returns[mb_inds]) ** 2
                 v_loss_clipped = (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2
                 v_loss = 0.5 * torch.max(v_loss_unclipped, v_loss_clipped).mean()
-
                 entropy_loss = entropy.mean()
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
-
                 with torch.no_grad():  # approx_kl: http://joschu.net/blog/kl-approx.html
                     old_approx_kl, approx_kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
                     clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
