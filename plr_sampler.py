@@ -239,7 +239,7 @@ class LevelSampler:
         """
         levels, step_scores = np.asarray(levels, np.int64), np.asarray(step_scores, np.float64)
         dones = np.asarray(dones).astype(bool)
-        if not levels.shape == step_scores.shape == dones.shape or levels.shape[1:] != (self.num_envs,):
+        if not levels.shape == step_scores.shape == dones.shape == (max(len(levels), 1), self.num_envs):
             shapes = f"{levels.shape}, {step_scores.shape}, {dones.shape}"
             raise ValueError(f"levels, step_scores and dones must share one shape (T, {self.num_envs}), got {shapes}")
         if not np.isfinite(step_scores).all():

@@ -394,15 +394,15 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
 
 
 def write_gif(path: Path, frames: list[np.ndarray]) -> None:
-    """frames: one (k, 64, 64, 3) uint8 per step; the k pictures side by side, at Procgen's 15 frames per second."""
+    """frames: one (k, 64, 64, 3) uint8 per step. Every second one, its k pictures side by side, at Procgen's speed."""
     from PIL import Image  # comes with tensorboard
 
     path.parent.mkdir(parents=True, exist_ok=True)
-    size = (len(frames[0]) * 192, 192)
+    frames, size = frames[::2], (len(frames[0]) * 128, 128)
     pictures = [
         Image.fromarray(np.concatenate([*frame], axis=1)).resize(size, Image.Resampling.NEAREST) for frame in frames
     ]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=67, loop=0)
+    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=133, loop=0)
 
 
 # ---- run directory --------------------------------------------------------------------------------------------------
@@ -456,7 +456,7 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
 
 def make_run_dir(args: Args) -> Path:
     run_dir = Path(args.run_dir or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
-    for name, kind in (("result.json", "a finished"), ("args.json", "an unfinished")):
+    for name, kind in (("result.json", "a finished"), ("progress.csv", "an unfinished")):
         if (run_dir / name).exists():
             refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory.")
     try:
@@ -494,8 +494,8 @@ def evaluate_run(args: Args) -> None:
         checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
         agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
         agent.load_state_dict(checkpoint["agent"])
-    except (OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        refuse(f"--evaluate {run_dir} is not a run that can be loaded: {str(error).splitlines()[0]}")
+    except (EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
+        refuse(f"--evaluate {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
     name = f"evaluation_{int(time.time())}"
     result = evaluate(agent, args, device, run_dir / "videos" / f"{name}.gif" if args.capture_video else None)
     write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())

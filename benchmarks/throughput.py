@@ -119,11 +119,11 @@ def our_phases(argv: list[str]) -> None:
     clock(script.Agent, "get_value", "bootstrap")
     for method in ("next_levels", "record_returns", "best_returns", "update", "metrics"):
         clock(script.LevelSampler, method, "sampler")
-    add = script.CsvLog.add
+    append_row = script.append_row
 
-    def end_of_iteration(log, row: dict) -> None:
-        add(log, row)
-        if "sampler_share" not in row:  # evaluations.csv
+    def end_of_iteration(path: Path, row: dict) -> None:
+        append_row(path, row)
+        if path.name != "progress.csv":
             return
         previous, reached["row"] = reached.get("row"), now()
         if previous:
@@ -138,7 +138,7 @@ def our_phases(argv: list[str]) -> None:
             print("PHASES " + json.dumps(phases), flush=True)
         spent.clear()
 
-    script.CsvLog.add = end_of_iteration
+    script.append_row = end_of_iteration
     sys.argv = ["ppo_plr_procgen.py", *argv]
     script.main()
 
