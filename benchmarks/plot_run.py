@@ -20,7 +20,7 @@ import tyro
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from matplotlib.lines import Line2D
-from matplotlib.ticker import EngFormatter, FuncFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullFormatter
 
 MAX_ROWS, MAX_BYTES = 500, 20_000  # of progress.csv and of result.json in a copy
 
@@ -84,7 +84,8 @@ def plot(run_dirs: tuple[Path, ...], out: Path, window: int) -> None:
             mean = evaluations[f"{kind}_return"]
             error = evaluations[f"{kind}_return_std"] / np.sqrt(run["eval_episodes"])
             look = style[f"eval {kind}"]
-            returns.plot(evaluations["global_step"], mean, lw=2, marker="o" if kind == "train" else "s", ms=5, **look)
+            marker = {"marker": "o", "mfc": "white"} if kind == "train" else {"marker": "s"}
+            returns.plot(evaluations["global_step"], mean, lw=2, ms=5, **marker, **look)
             returns.fill_between(
                 evaluations["global_step"], mean - error, mean + error, alpha=0.2, lw=0, color=look["color"]
             )
@@ -103,16 +104,17 @@ def plot(run_dirs: tuple[Path, ...], out: Path, window: int) -> None:
 
     handles = {
         f"training episodes, mean of {window} iterations": line("train"),
-        "evaluation, training levels": line("eval train", marker="o", ms=5),
+        "evaluation, training levels": line("eval train", marker="o", mfc="white", ms=5),
         "evaluation, test levels": line("eval test", marker="s", ms=5),
     }
     if several:
         handles = {label: Line2D([], [], color=f"C{i}", lw=6) for i, label in enumerate(labels)} | handles
     axes["return"].legend(handles.values(), handles, loc="upper left")
     axes["return"].set(title="return per episode (bands: standard error)", xlabel="environment steps")
-    axes["effective"].set(title="effective number of levels, exp(entropy of the draw)", yscale="log")
-    axes["effective"].set_ylim(bottom=0.9)
+    axes["effective"].set(title="effective number of levels, exp(entropy)", yscale="log")
+    axes["effective"].set_ylim(0.9, 1.3 * max([axes["effective"].get_ylim()[1], *(run["num_levels"] for run in runs)]))
     axes["effective"].yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+    axes["effective"].yaxis.set_minor_formatter(NullFormatter())
     axes["share"].set(title="share of levels seen, share of replays", xlabel="environment steps", ylim=(-0.03, 1.05))
     color = "0.3" if several else None
     handles = {

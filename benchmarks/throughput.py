@@ -364,7 +364,7 @@ with logging, without evaluation. Second table: our script with clocks between i
 iterations: steps per second as if that phase were all, then each phase's share of the time.
 """
     if wrapper_shares:
-        text += f"Stand-ins for gym 0.23's wrappers: {max(wrapper_shares):.1%} of CleanRL's time at most.\n"
+        text += f"Stand-ins for gym 0.23's wrappers: {max(wrapper_shares):.2%} of CleanRL's time at most.\n"
     print(text)
     if args.out:
         args.out.mkdir(parents=True, exist_ok=True)
