@@ -469,8 +469,8 @@ def make_run_dir(args: Args) -> Path:
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.precision == "tf32":
-        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = True
+    # cuDNN would use TF32 by default: fp32 means fp32 here
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     if args.cuda and torch.cuda.is_available():
         return torch.device("cuda")
     with contextlib.suppress(AttributeError, OSError):

@@ -69,6 +69,8 @@ def plot(run_dirs: tuple[Path, ...], out: Path, window: int) -> None:
         ", ".join(f"{name} {run[name]}" if name == "seed" else str(run[name]) for name in names if name not in shared)
         for run in runs
     ]
+    if len(set(labels)) < len(labels):
+        labels = [run_dir.resolve().name for run_dir in run_dirs]
     for i, (run_dir, run) in enumerate(zip(run_dirs, runs)):
         progress, evaluations = read_csv(run_dir / "progress.csv"), read_csv(run_dir / "evaluations.csv")
         if not progress:
