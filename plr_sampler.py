@@ -29,7 +29,7 @@ def transform(x: ndarray, kind: str, temperature: float, eps: float, offset: flo
 
     constant: 1. max: 1 for every maximum. eps_greedy: 1 - eps for the first maximum, and eps / n for each.
     rank: (1 / rank) ** (1 / temperature), rank 1 the highest, ties in index order. softmax: exp(x / temperature).
-    power: (x + offset) ** (1 / temperature); ValueError for a negative x, whose fractional power does not exist.
+    power: (x + offset) ** (1 / temperature), x >= 0: a negative x has no fractional power.
     Entries outside `among` take ranks like the others, unless they are -inf. Uniform where all of h(x) is 0.
     """
     w = np.ones(len(x))
@@ -44,9 +44,7 @@ def transform(x: ndarray, kind: str, temperature: float, eps: float, offset: flo
             order = np.argsort(-x, kind="stable")
         w[order] = np.arange(1.0, len(x) + 1) ** (-1 / temperature)
     elif kind == "power":
-        if x[among].min() < 0:
-            raise ValueError(f"the power transform needs scores >= 0, got {x[among].min():g}: use rank or softmax")
-        w = (np.maximum(x, 0) + offset) ** (1 / temperature)
+        w = ((np.maximum(x, 0) + offset) / (x[among].max() + offset or 1)) ** (1 / temperature)  # the largest is 1
     elif kind == "softmax":
         w = np.exp(np.minimum(x - x[among].max(), 0) / temperature)  # the largest is 1: no overflow
     w = w[among]
@@ -272,10 +270,12 @@ class LevelSampler:
         return episodes
 
     def update_scores(self, levels: ndarray, scores: ndarray) -> None:
-        """Finished scores from anywhere. levels (n,) int and scores (n,) float are applied in their order."""
+        """Finished scores from anywhere, levels (n,), scores (n,), in order; then new levels compete for the buffer."""
         levels, scores = np.asarray(levels, np.int64), np.asarray(scores, np.float64)
-        if levels.shape != scores.shape or not np.isfinite(scores).all():
+        if levels.ndim != 1 or levels.shape != scores.shape or not np.isfinite(scores).all():
             raise ValueError(f"scores must be finite, one for each of the {levels.size} levels")
+        if self.score_transform == "power" and (scores < 0).any():
+            raise ValueError(f"the power transform needs scores >= 0, got {scores.min():g}: use rank or softmax")
         if len(self.levels) and len(levels):
             ids, first, inverse, n = np.unique(levels, return_index=True, return_inverse=True, return_counts=True)
             slots = self._slots(ids)

@@ -250,6 +250,23 @@ def test_softmax_is_over_seen_levels_and_never_overflows():
     np.testing.assert_allclose(with_levels(rows, staleness_coef=1, staleness_transform="softmax").weights(), want)
 
 
+@pytest.mark.parametrize("scale", [1e40, 1.0, 1e-40])
+def test_power_of_extreme_scores_is_finite(scale):
+    s = fixed(3, score_transform="power", temperature=0.1, staleness_coef=0.1)
+    s.update_scores([0, 1], [10 * scale, scale])
+    p = s._score_weights()
+    np.testing.assert_allclose(p, [1 / (1 + 1e-10), 1e-10 / (1 + 1e-10)], rtol=1e-6)
+
+
+def test_a_negative_score_is_refused_by_power_before_anything_moves():
+    s = fill(buffer(1, score_transform="power"), [5], [1.0])
+    s.next_levels([True], levels=[6])
+    before = s.state_dict()
+    with pytest.raises(ValueError, match="power"):
+        s.update_scores([5, 6], [-1.0, 2.0])
+    np.testing.assert_equal(s.state_dict(), before)
+
+
 def test_all_zero_power_weights_are_uniform_over_seen_only():
     # published: uniform over all levels, unseen ones included
     s = fixed(4, score_transform="power", staleness_coef=0.5)
@@ -782,9 +799,10 @@ def test_bad_calls_are_named_and_change_nothing(name, stitch):
 
 
 def test_power_refuses_negative_scores():
-    s = fill(fixed(score_transform="power"), [0], [-1.0])
+    s = fixed(score_transform="power")
     with pytest.raises(ValueError, match="power"):
-        s.weights()
+        play(s, [0], [-1.0], [1])
+    assert not s.seen.any()
 
 
 def test_the_sampler_needs_numpy_only():
