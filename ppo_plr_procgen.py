@@ -365,7 +365,7 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
         torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
         for chunk in np.array_split(np.arange(len(levels)), math.ceil(len(levels) / 256)):
             envs = make_envs(args, len(chunk))
-            obs, _ = envs.reset(seed=levels[chunk])
+            obs, _ = envs.reset(seed=levels[chunk].tolist())
             playing = np.arange(len(chunk))  # environments whose episode goes on
             while len(playing):
                 if video and chunk[0] == 0:  # the first four test episodes, side by side; a finished one stands still
@@ -554,7 +554,7 @@ def main() -> None:
 
     global_step = 0
     next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
-    next_obs = torch.from_numpy(envs.reset(seed=next_levels)[0]).to(device)  # (N, 64, 64, 3) uint8
+    next_obs = torch.from_numpy(envs.reset(seed=next_levels.tolist())[0]).to(device)  # (N, 64, 64, 3) uint8
     next_done = torch.zeros(N, device=device)
     # of the episodes in progress: discounted return (for return_rms), return in scaled rewards (for max_mc)
     discounted_return, scaled_return = np.zeros(N), np.zeros(N)
@@ -612,7 +612,7 @@ def main() -> None:
                 for statistic in (discounted_return, scaled_return, episode_return, episode_length):
                     statistic[done] = 0
                 next_levels = sampler.next_levels(done)  # PLR, Algorithm 1: sample the next levels
-                observation, _ = envs.reset(seed=next_levels, options={"reset_mask": done})
+                observation, _ = envs.reset(seed=next_levels.tolist(), options={"reset_mask": done})
             next_obs = torch.from_numpy(observation).to(device)
             next_done = torch.from_numpy(done).to(device, torch.float32)
 

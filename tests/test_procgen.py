@@ -216,6 +216,7 @@ class Corridor(gym.vector.VectorEnv):
 
     def reset(self, *, seed=None, options=None):
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        assert all(type(level) is int for level in seed)  # a registered Gymnasium environment takes nothing else
         self.started += np.asarray(seed)[mask].tolist()
         self.level[mask], self.t[mask] = np.asarray(seed)[mask] % 3, 0
         return self.look(), {}
