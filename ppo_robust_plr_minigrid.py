@@ -2,19 +2,17 @@
 
     python ppo_robust_plr_minigrid.py                                  # Robust PLR with the published settings
     python ppo_robust_plr_minigrid.py --curriculum plr                 # PLR: also learns on new levels
-    python ppo_robust_plr_minigrid.py --curriculum dr                  # the baseline, domain randomisation: new levels only
+    python ppo_robust_plr_minigrid.py --curriculum dr                  # baseline: domain randomisation, new levels only
     python ppo_robust_plr_minigrid.py --env-id MiniGrid-MultiRoom-N4-S5-v0       # any registered MiniGrid environment
     python ppo_robust_plr_minigrid.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
-    python ppo_robust_plr_minigrid.py --help
 
 Robust PLR: Jiang et al., "Replay-Guided Adversarial Environment Design", 2021 (arXiv 2110.02439), Algorithm 1.
 PLR: Jiang et al. 2021 (arXiv 2010.03934). PPO and the names in this file: CleanRL. Defaults: the released 25-block
 configuration. README.md lists the logged keys and every deviation from the released code.
 
-Every rollout starts new episodes in all environments and is either all replay or all new levels. Time limits: as in the
-reference, an episode that its time limit or the end of the rollout cuts off is worth 0 from there on, and one that the
-rollout cuts off is not scored. --bootstrap-timeouts puts the value of the state it stopped in there instead, and scores
-both (max_mc, which needs an episode's return, only whole ones).
+Every rollout is either all replay or all new levels and starts fresh episodes. An episode that its time limit or the
+rollout's end cuts off is worth 0 from there on, and not scored in the latter case, as in the reference;
+--bootstrap-timeouts takes the value of the state it stopped in, and scores both (max_mc only whole episodes).
 """
 
 import contextlib
@@ -32,7 +30,7 @@ import pickle
 import sys
 import time
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -40,165 +38,65 @@ from typing import Any, Literal, NamedTuple
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.optim as optim
 import tyro
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
+from PIL import Image
+from torch import Tensor, nn, optim
 from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
 
-# Evaluation mazes of the paper, without the border. > agent facing east, # wall, G goal, g one of the possible goals.
-NAMED_MAZES = {
-    "SixteenRooms": """
-        ...#..#..#...
-        .>.......#...
-        ...#..#......
-        #.###.##.###.
-        ...#.........
-        ......#..#...
-        ##.#.##.###.#
-        ...#.....#...
-        ...#..#......
-        .####.##.#.##
-        ...#..#..#...
-        ......#....G.
-        ...#.....#...
-    """,
-    "SixteenRoomsFewerDoors": """
-        ...#.....#...
-        .>....#..#...
-        ...#..#..#...
-        ####.##.###.#
-        ...#..#......
-        ......#..#...
-        #.#####.#####
-        ...#..#..#...
-        ...#.........
-        ##.##.##.####
-        ...#..#..#...
-        ......#....G.
-        ...#..#..#...
-    """,
-    "Labyrinth": """
-        .............
-        .###########.
-        .#.........#.
-        .#.#######.#.
-        .#.#.....#.#.
-        .#.#.###.#.#.
-        .#.#.#G#.#.#.
-        .#.#.#.#.#.#.
-        .#...#...#.#.
-        .#########.#.
-        .....#.....#.
-        ####.#.#####.
-        >....#.......
-    """,
-    "Labyrinth2": """
-        >#...........
-        .#.#########.
-        .#.#.......#.
-        .#.#.#####.#.
-        .#.#.#...#.#.
-        ...#.#.#.#.#.
-        ####.#G#.#.#.
-        ...#.###.#.#.
-        .#.#.....#.#.
-        .#.#######.#.
-        .#.........#.
-        .###########.
-        .............
-    """,
-    "Maze": """
-        .....#>...#..
-        .###.####.##.
-        .#...........
-        .########.###
-        ........#....
-        ######.#####.
-        ....#..#.....
-        .##...##.####
-        ..#.#..#...#.
-        #.#.##.###.#.
-        #.#..#...#...
-        #.##.###.###.
-        ...#..G#.#...
-    """,
-    "Maze2": """
-        ...#.#....#..
-        .#.#.####...#
-        .#........#..
-        .########.###
-        ...#..#.#.#.G
-        ##.#.##.#.#..
-        >#.#....#.##.
-        .#.##.###..#.
-        .#..#..###.#.
-        .##.##.#.#.#.
-        .#...#.#.#.#.
-        .#.#.#.#.#.#.
-        ...#...#.....
-    """,
-    "Maze3": """
-        ...>#.#......
-        .####.#.####.
-        .#....#.#....
-        ...####.#.#.#
-        ##.#....#.#..
-        ...#.##.#.##.
-        .#.#.#..#..#G
-        .#.#.#.###.##
-        .#...#.#.#...
-        .###.#.#.###.
-        .#...#.#...#.
-        .#.###.#.#.#.
-        .#...#...#...
-    """,
-    "SmallCorridor": """
-        .............
-        .#.#.#.#.#.#.
-        .#.#.#.#.#.#.
-        .#.#.#.#.#.#.
-        .#.#.#.#.#.#.
-        .#g#g#g#g#g#.
-        >###########.
-        .#g#g#g#g#g#.
-        .#.#.#.#.#.#.
-        .#.#.#.#.#.#.
-        .#.#.#.#.#.#.
-        .#.#.#.#.#.#.
-        .............
-    """,
-    "LargeCorridor": """
-        ...................
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#g#g#g#g#g#g#g#g#.
-        >#################.
-        .#g#g#g#g#g#g#g#g#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        .#.#.#.#.#.#.#.#.#.
-        ...................
-    """,
+# The published evaluation mazes, without their border: > agent facing east, # wall, G goal, g one of the possible goals
+MAZES = """
+LargeCorridor        SixteenRooms   Labyrinth      Labyrinth2     Maze           Maze2
+...................  ...#..#..#...  .............  >#...........  .....#>...#..  ...#.#....#..
+.#.#.#.#.#.#.#.#.#.  .>.......#...  .###########.  .#.#########.  .###.####.##.  .#.#.####...#
+.#.#.#.#.#.#.#.#.#.  ...#..#......  .#.........#.  .#.#.......#.  .#...........  .#........#..
+.#.#.#.#.#.#.#.#.#.  #.###.##.###.  .#.#######.#.  .#.#.#####.#.  .########.###  .########.###
+.#.#.#.#.#.#.#.#.#.  ...#.........  .#.#.....#.#.  .#.#.#...#.#.  ........#....  ...#..#.#.#.G
+.#.#.#.#.#.#.#.#.#.  ......#..#...  .#.#.###.#.#.  ...#.#.#.#.#.  ######.#####.  ##.#.##.#.#..
+.#.#.#.#.#.#.#.#.#.  ##.#.##.###.#  .#.#.#G#.#.#.  ####.#G#.#.#.  ....#..#.....  >#.#....#.##.
+.#.#.#.#.#.#.#.#.#.  ...#.....#...  .#.#.#.#.#.#.  ...#.###.#.#.  .##...##.####  .#.##.###..#.
+.#g#g#g#g#g#g#g#g#.  ...#..#......  .#...#...#.#.  .#.#.....#.#.  ..#.#..#...#.  .#..#..###.#.
+>#################.  .####.##.#.##  .#########.#.  .#.#######.#.  #.#.##.###.#.  .##.##.#.#.#.
+.#g#g#g#g#g#g#g#g#.  ...#..#..#...  .....#.....#.  .#.........#.  #.#..#...#...  .#...#.#.#.#.
+.#.#.#.#.#.#.#.#.#.  ......#....G.  ####.#.#####.  .###########.  #.##.###.###.  .#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.  ...#.....#...  >....#.......  .............  ...#..G#.#...  ...#...#.....
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+...................
+
+SmallCorridor  SixteenRoomsFewerDoors  Maze3
+.............  ...#.....#...           ...>#.#......
+.#.#.#.#.#.#.  .>....#..#...           .####.#.####.
+.#.#.#.#.#.#.  ...#..#..#...           .#....#.#....
+.#.#.#.#.#.#.  ####.##.###.#           ...####.#.#.#
+.#.#.#.#.#.#.  ...#..#......           ##.#....#.#..
+.#g#g#g#g#g#.  ......#..#...           ...#.##.#.##.
+>###########.  #.#####.#####           .#.#.#..#..#G
+.#g#g#g#g#g#.  ...#..#..#...           .#.#.#.###.##
+.#.#.#.#.#.#.  ...#.........           .#...#.#.#...
+.#.#.#.#.#.#.  ##.##.##.####           .###.#.#.###.
+.#.#.#.#.#.#.  ...#..#..#...           .#...#.#...#.
+.#.#.#.#.#.#.  ......#....G.           .#.###.#.#.#.
+.............  ...#..#..#...           .#...#...#...
+"""
+NAMED_MAZES = {  # name -> (height, width) characters
+    column[0]: np.array([list(row) for row in column[1:] if row])
+    for block in MAZES.strip().split("\n\n")
+    for column in itertools.zip_longest(*(line.split() for line in block.splitlines()))
 }
-# The package's own environments that the agent is also evaluated on, with the training mazes' view
-PACKAGE_MAZES = {"SimpleCrossingS11N5": "MiniGrid-SimpleCrossingS11N5-v0", "FourRooms": "MiniGrid-FourRooms-v0"}
-SIGNED_SCORES = ("gae", "max_mc")
+
+warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
 # Levels (the seeds of resets) below are for training, those from here on for evaluation.
 FIRST_TEST_LEVEL = 2**30
+State = tuple[Tensor, Tensor]  # of the LSTM: h and c, (N, 256) float32
+Obs = dict[str, Tensor]  # "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
 
 
 @dataclass
@@ -351,7 +249,7 @@ def check_args(args: Args) -> None:
     if args.curriculum == "dr":
         return
     require("buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
-    if args.score in SIGNED_SCORES:
+    if args.score in ("gae", "max_mc"):
         require("score_transform", lambda x: x != "power", f"another: --score {args.score} can be negative")
     if args.score == "max_mc" or not args.bootstrap_timeouts:
         why = "max_mc needs whole episodes" if args.bootstrap_timeouts else "an episode that is cut off is not scored"
@@ -362,9 +260,7 @@ def check_environment(env_id: str) -> int:
     """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns its time limit."""
     known = [name for name, spec in gym.registry.items() if "minigrid" in str(spec.entry_point)]
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # gym's, of -v0 environments with a -v1
-            env = gym.make(env_id)
+        env = gym.make(env_id)
     except gym.error.Error:
         near = difflib.get_close_matches(env_id, ["maze", *known], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose maze or one like {known[0]}."
@@ -374,11 +270,11 @@ def check_environment(env_id: str) -> int:
     if not isinstance(env.unwrapped, MiniGridEnv):
         refuse(f"--env-id {env_id} is not a MiniGrid environment: choose maze or one like {known[0]}.")
     starts = []
-    for level in (0, 1, 0):
-        obs, _ = env.reset(seed=level)
-        starts.append((env.unwrapped.grid.encode().tobytes(), obs["direction"], tuple(env.unwrapped.agent_pos)))
-        env.step(0)
-    if starts[0] != starts[2]:
+    for _ in range(2):
+        direction = env.reset(seed=1)[0]["direction"]
+        starts.append((env.unwrapped.grid.encode().tobytes(), direction, tuple(env.unwrapped.agent_pos)))
+        env.reset(seed=2)
+    if starts[0] != starts[1]:
         refuse(f"--env-id {env_id} starts differently after two resets with one seed: its seed must decide the level.")
     return env.unwrapped.max_steps
 
@@ -386,8 +282,14 @@ def check_environment(env_id: str) -> int:
 # ---- levels and environments ----------------------------------------------------------------------------------------
 
 
+VIEW = 5  # the agent sees VIEW x VIEW cells, itself in the middle of the last row
+# a cell as MiniGrid shows it: object, colour, state, packed with a zero byte into one int32, which gathers faster
+EMPTY, WALL, GOAL = np.array([[1, 0, 0, 0], [2, 5, 0, 0], [8, 1, 0, 0]], np.uint8).view(np.int32)[:, 0].tolist()
+AHEAD = ((0, 1), (1, 0), (0, -1), (-1, 0))  # (row, column) of a step east, south, west, north
+
+
 class Mazes(NamedTuple):
-    """n levels. Cells are (row, column) without the border; directions are MiniGrid's: 0 east, 1 south, 2 west, 3 north."""
+    """n levels. Cells are (row, column), the border not counted; directions 0 east, 1 south, 2 west, 3 north."""
 
     walls: np.ndarray  # (n, height, width) bool
     goal: np.ndarray  # (n, 2) int64
@@ -432,7 +334,7 @@ def random_mazes(levels: np.ndarray, size: int, num_walls: int, vary: bool = Fal
 
 def named_maze(name: str, episode: int) -> Mazes:
     """One of NAMED_MAZES. Where it has several possible goals, the episodes take turns through them."""
-    text = np.array([list(line.strip()) for line in NAMED_MAZES[name].split()])
+    text = NAMED_MAZES[name]
     goals = np.argwhere(np.isin(text, ("G", "g")))
     goal = goals[episode % len(goals)]
     return Mazes((text == "#")[None], goal[None], np.argwhere(text == ">"), np.zeros(1, np.int64))
@@ -441,31 +343,28 @@ def named_maze(name: str, episode: int) -> Mazes:
 def perfect_maze(size: int, seed: int) -> Mazes:
     """A maze with one path between any two cells (depth-first search); agent and goal in random different cells."""
     rng = np.random.default_rng([size, seed])
-    side, half = size - 2, (size - 1) // 2
-    walls = np.ones((side, side), bool)
-    path = [tuple(rng.integers(half, size=2).tolist())]
-    walls[2 * path[0][0], 2 * path[0][1]] = False
+    walls = np.ones((size - 2, size - 2), bool)
+    path = [(0, 0)]
     while path:
-        (r, c), closed = path[-1], []
-        for r2, c2 in ((r - 1, c), (r + 1, c), (r, c - 1), (r, c + 1)):
-            if 0 <= r2 < half and 0 <= c2 < half and walls[2 * r2, 2 * c2]:
-                closed.append((r2, c2))
-        if not closed:
+        r, c = path[-1]
+        walls[r, c] = False
+        steps = [(r + 2 * dr, c + 2 * dc) for dr, dc in AHEAD]
+        closed = [(r, c) for r, c in steps if 0 <= min(r, c) and max(r, c) < size - 2 and walls[r, c]]
+        if closed:
+            path.append(closed[rng.integers(len(closed))])
+            walls[(r + path[-1][0]) // 2, (c + path[-1][1]) // 2] = False
+        else:
             path.pop()
-            continue
-        path.append(closed[rng.integers(len(closed))])
-        walls[r + path[-1][0], c + path[-1][1]] = walls[2 * path[-1][0], 2 * path[-1][1]] = False
-    ends = rng.choice(half * half, 2, replace=False)
-    goal, agent = 2 * np.stack((ends // half, ends % half), 1)
+    goal, agent = rng.permutation(2 * np.argwhere(~walls[::2, ::2]))[:2]
     return Mazes(walls[None], goal[None], agent[None], rng.integers(4, size=1))
 
 
 def join_mazes(mazes: list[Mazes]) -> Mazes:
     """One batch of all. Smaller ones get walls around them, which nobody in the maze can tell from what is outside."""
-    height, width = (max(maze.walls.shape[axis] for maze in mazes) for axis in (1, 2))
-    walls = [np.pad(w, ((0, 0), (0, height - w.shape[1]), (0, width - w.shape[2])), constant_values=True)
-             for w in (maze.walls for maze in mazes)]  # fmt: skip
-    return Mazes(np.concatenate(walls), *(np.concatenate(parts) for parts in list(zip(*mazes))[1:]))
+    side = max(max(maze.walls.shape[1:]) for maze in mazes)
+    walls = [np.pad(walls, [(0, 0), *((0, side - n) for n in walls.shape[1:])], constant_values=True)
+             for walls, *_ in mazes]  # fmt: skip
+    return Mazes(np.concatenate(walls), *map(np.concatenate, list(zip(*mazes))[1:]))
 
 
 def shortest_paths(mazes: Mazes) -> np.ndarray:
@@ -477,27 +376,16 @@ def shortest_paths(mazes: Mazes) -> np.ndarray:
     steps = np.full(len(rows), -1)
     for distance in itertools.count():
         steps[(steps < 0) & reached[rows, mazes.goal[:, 0] + 1, mazes.goal[:, 1] + 1]] = distance
-        grown = reached.copy()
-        grown[:, 1:] |= reached[:, :-1]
-        grown[:, :-1] |= reached[:, 1:]
-        grown[:, :, 1:] |= reached[:, :, :-1]
-        grown[:, :, :-1] |= reached[:, :, 1:]
-        grown &= free
+        around = (
+            np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)
+        )  # what wraps around is not free
+        grown = free & np.logical_or.reduce([reached, *around])
         if (grown == reached).all():
             return steps
         reached = grown
 
 
-VIEW = 5  # the agent sees VIEW x VIEW cells, itself in the middle of the last row
-# a cell as MiniGrid shows it: object, colour, state, packed with a zero byte into one int32, which gathers faster
-EMPTY, WALL, GOAL = (
-    int(np.array([*cell, 0], np.uint8).view(np.int32)[0]) for cell in ((1, 0, 0), (2, 5, 0), (8, 1, 0))
-)
-TURNS = (-1, 1, 0, 0, 0, 0, 0)  # of the actions left, right, forward, pick up, drop, toggle, done
-AHEAD = ((0, 1), (1, 0), (0, -1), (-1, 0))  # (row, column) of a step east, south, west, north
-
-
-def maze_view(cells: torch.Tensor, position: torch.Tensor, direction: torch.Tensor, view: torch.Tensor) -> torch.Tensor:
+def maze_view(cells: Tensor, position: Tensor, direction: Tensor, view: Tensor) -> Tensor:
     """(N, VIEW, VIEW, 3) uint8: what each agent sees, by column and row like MiniGrid's images."""
     seen = cells.take(position[:, None] + view.index_select(0, direction))  # (N, VIEW * VIEW)
     seen[:, VIEW // 2 * VIEW + VIEW - 1] = EMPTY  # MiniGrid does not show what the agent stands on
@@ -505,9 +393,9 @@ def maze_view(cells: torch.Tensor, position: torch.Tensor, direction: torch.Tens
 
 
 def maze_step(
-    actions: torch.Tensor, cells: torch.Tensor, position: torch.Tensor, direction: torch.Tensor, steps: torch.Tensor,
-    max_steps: int, turned: torch.Tensor, moved: torch.Tensor, view: torch.Tensor,
-) -> tuple[torch.Tensor, ...]:  # fmt: skip
+    actions: Tensor, cells: Tensor, position: Tensor, direction: Tensor, steps: Tensor,
+    max_steps: int, turned: Tensor, moved: Tensor, view: Tensor,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """A step of N mazes, see MazeEnvs: as a function of tensors, which torch.compile can take whole."""
     what = torch.add(actions, direction, alpha=7)
     direction = turned.take(what)
@@ -516,16 +404,9 @@ def maze_step(
     position = torch.where(found == WALL, position, wanted)
     terminated = found == GOAL
     steps = steps + 1
-    reward = (torch.rsub(steps, 1, alpha=0.9 / max_steps) * terminated).float()  # 1 - 0.9 steps / max_steps
-    return (
-        maze_view(cells, position, direction, view),
-        position,
-        direction,
-        steps,
-        reward,
-        terminated,
-        steps >= max_steps,
-    )
+    reward = ((1 - 0.9 * (steps / max_steps)) * terminated).float()  # float64 until here, as in Python
+    image = maze_view(cells, position, direction, view)
+    return image, position, direction, steps, reward, terminated, steps >= max_steps
 
 
 class MazeEnvs(gym.vector.VectorEnv):
@@ -550,28 +431,28 @@ class MazeEnvs(gym.vector.VectorEnv):
         self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
         self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
         self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-        # All maps lie one after another in `cells`, each with VIEW - 1 cells of wall around it: a place is one number,
-        # and no view leaves the map.
+        # all maps one after another, each with VIEW - 1 cells of wall around it so that no view leaves it
         self.width = width = size - 2 + 2 * (VIEW - 1)
         self.cells = torch.full((num_envs, width * width), WALL, dtype=torch.int32, device=device)
-        self.position = torch.zeros(num_envs, dtype=torch.int64, device=device)  # index into cells.view(-1)
-        self.direction = torch.zeros_like(self.position)
+        # position: an index into all cells
+        self.position, self.direction = torch.zeros((2, num_envs), dtype=torch.int64, device=device)
         self.steps = torch.zeros(num_envs, dtype=torch.float64, device=device)
-        # by direction and action: the new direction (28,) and the move (28,). By direction: the view (4, 25)
+        # by direction and action (left, right, forward, pick up, drop, toggle, done): new direction (28,), move (28,);
+        # by direction: view (4, 25)
         ahead = [row * width + column for row, column in AHEAD]
-        turned = [(d + turn) % 4 for d in range(4) for turn in TURNS]
+        turned = [(d + turn) % 4 for d in range(4) for turn in (-1, 1, 0, 0, 0, 0, 0)]
         moved = [ahead[d] * (action == 2) for d in range(4) for action in range(7)]
         view = [[ahead[d] * (VIEW - 1 - row) + ahead[(d + 1) % 4] * (column - VIEW // 2)
                  for column in range(VIEW) for row in range(VIEW)] for d in range(4)]  # fmt: skip
-        self.tables = [torch.tensor(table, device=device) for table in (turned, moved, view)]
+        self.tables = [torch.tensor(x, device=device) for x in (turned, moved, view)]
         self.maze_step = torch.compile(maze_step) if compile else maze_step
-        # Level starts already made: level -> row of `starts`, (cells, position in the map, direction)
+        # level starts already made: level -> row of `starts`, which are `encode`'s
         self.generate = lambda levels: random_mazes(levels, size, num_walls, vary_num_walls)
         self.known: dict[int, int] = {}
-        self.starts = [torch.zeros((max(8192, num_envs), *x.shape[1:]), dtype=x.dtype, device=device)
+        self.starts = [torch.empty((max(8192, num_envs), *x.shape[1:]), dtype=x.dtype, device=device)
                        for x in (self.cells, self.position, self.direction)]  # fmt: skip
 
-    def encode(self, mazes: Mazes) -> list[torch.Tensor]:
+    def encode(self, mazes: Mazes) -> list[Tensor]:
         """Cells (n, width * width) int32, position in the map (n,) and direction (n,) int64 of n level starts."""
         n, height, width = mazes.walls.shape
         border, rows = VIEW - 1, np.arange(n)
@@ -581,14 +462,13 @@ class MazeEnvs(gym.vector.VectorEnv):
         position = (border + mazes.agent[:, 0]) * self.width + border + mazes.agent[:, 1]
         return [torch.from_numpy(x).to(self.device) for x in (cells.reshape(n, -1), position, mazes.direction)]
 
-    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         options = options or {}
         rows = np.flatnonzero(options.get("reset_mask", np.ones(self.num_envs, bool)))
         if "mazes" in options:
             start = self.encode(Mazes(*(part[rows] for part in options["mazes"])))
         else:
-            if seed is None:
-                seed = self.np_random.integers(FIRST_TEST_LEVEL, size=self.num_envs)
+            seed = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
             levels = (np.arange(seed, seed + self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed))[rows].tolist()
             new = [level for level in dict.fromkeys(levels) if level not in self.known]
             if len(self.known) + len(new) > len(self.starts[0]):
@@ -601,45 +481,55 @@ class MazeEnvs(gym.vector.VectorEnv):
             which = torch.tensor([self.known[level] for level in levels], device=self.device)
             start = [kept.index_select(0, which) for kept in self.starts]
         rows = torch.from_numpy(rows).to(self.device)
-        self.cells[rows], self.direction[rows], self.steps[rows] = start[0], start[2], 0
-        self.position[rows] = start[1] + rows * self.width**2
+        self.cells[rows], self.position[rows], self.steps[rows] = start[0], start[1] + rows * self.width**2, 0
+        self.direction = self.direction.index_copy(0, rows, start[2])  # not in place: `step` has given it away
         image = maze_view(self.cells, self.position, self.direction, self.tables[2])
-        return {"image": image, "direction": self.direction.clone()}, {}
+        return {"image": image, "direction": self.direction}, {}
 
-    def step(
-        self, actions: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
+        state = (self.cells, self.position, self.direction, self.steps, self.max_steps, *self.tables)
         image, self.position, self.direction, self.steps, reward, terminated, truncated = self.maze_step(
-            actions, self.cells, self.position, self.direction, self.steps, self.max_steps, *self.tables
+            torch.as_tensor(actions, device=self.device), *state
         )
         return {"image": image, "direction": self.direction}, reward, terminated, truncated, {}
 
+    def frame(self, i: int = 0) -> np.ndarray:
+        """(H, W, 3) uint8: environment i as the package draws it, without the walls around its border."""
+        cells = self.cells[i].view(self.width, self.width).cpu().numpy()
+        rows, columns = (np.flatnonzero((cells != WALL).any(axis)) for axis in (1, 0))
+        top, left = rows[0] - 1, columns[0] - 1
+        cells = cells[top : rows[-1] + 2, left : columns[-1] + 2]
+        grid = Grid(cells.shape[1], cells.shape[0])
+        for row, column in np.argwhere(cells != EMPTY).tolist():
+            grid.set(column, row, Goal() if cells[row, column] == GOAL else Wall())
+        row, column = divmod(int(self.position[i]) % self.width**2, self.width)
+        return grid.render(8, (column - left, row - top), int(self.direction[i]))
 
-class TensorObservations(gym.vector.VectorWrapper):
+
+class TensorEnvs(gym.vector.VectorWrapper):
     """A package's environments as the training loop sees them: tensors in, tensors out."""
 
     def __init__(self, envs: gym.vector.VectorEnv, device: torch.device):
         super().__init__(envs)
         self.device = device
 
-    def tensors(self, obs: dict[str, np.ndarray]) -> dict[str, torch.Tensor]:
+    def tensors(self, obs: dict[str, np.ndarray]) -> Obs:
         return {key: torch.from_numpy(value).to(self.device) for key, value in obs.items()}
 
-    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[dict[str, torch.Tensor], dict]:
+    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         obs, infos = self.env.reset(seed=seed, options=options)
         return self.tensors(obs), infos
 
-    def step(
-        self, actions: torch.Tensor
-    ) -> tuple[dict[str, torch.Tensor], torch.Tensor, torch.Tensor, torch.Tensor, dict]:
+    def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
         obs, *rest, infos = self.env.step(actions.cpu().numpy())
         reward, terminated, truncated = (torch.from_numpy(x).to(self.device) for x in rest)
         return self.tensors(obs), reward.float(), terminated, truncated, infos
 
+    def frame(self, i: int = 0) -> np.ndarray:
+        return self.env.envs[i].unwrapped.get_frame(highlight=False, tile_size=8)
 
-def make_minigrid(
-    env_id: str, num_envs: int, device: torch.device, see_like_mazes: bool = False
-) -> gym.vector.VectorEnv:
+
+def make_minigrid(env_id: str, num_envs: int, device: torch.device, see_like_mazes: bool = False) -> TensorEnvs:
     """A registered MiniGrid environment. Its mission, a text, is left out: the agent does not read."""
 
     def wrap(env: gym.Env) -> gym.Env:
@@ -647,55 +537,29 @@ def make_minigrid(
             env.unwrapped.see_through_walls = True
         return gym.wrappers.FilterObservation(env, ["image", "direction"])
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # gym's, of -v0 environments with a -v1
-        envs = gym.make_vec(
-            env_id,
-            num_envs,
-            vectorization_mode="sync",
-            vector_kwargs={"autoreset_mode": gym.vector.AutoresetMode.DISABLED},
-            wrappers=[wrap],
-            **({"agent_view_size": VIEW} if see_like_mazes else {}),
-        )
-    return TensorObservations(envs, device)
+    off = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    view = {"agent_view_size": VIEW} if see_like_mazes else {}
+    envs = gym.make_vec(env_id, num_envs, "sync", wrappers=[wrap], vector_kwargs=off, **view)
+    return TensorEnvs(envs, device)
 
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
     """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
     if args.env_id == "maze":
-        maze = (args.maze_size, args.max_steps, args.num_walls, args.vary_num_walls, args.compile)
-        return MazeEnvs(num_envs, device, *maze)
+        size, limit, walls, vary = args.maze_size, args.max_steps, args.num_walls, args.vary_num_walls
+        return MazeEnvs(num_envs, device, size, limit, walls, vary, args.compile)
     return make_minigrid(args.env_id, num_envs, device)
-
-
-def level_picture(args: Args, level: int) -> np.ndarray:
-    """(H, W, 3) uint8, drawn by the package."""
-    if args.env_id == "maze":
-        return maze_picture(random_mazes(np.array([level]), args.maze_size, args.num_walls, args.vary_num_walls))
-    envs = make_minigrid(args.env_id, 1, torch.device("cpu"))
-    envs.reset(seed=[level])
-    return envs.env.call("get_frame", False, 8)[0]
-
-
-def maze_picture(maze: Mazes, agent: tuple[int, int] | None = None, direction: int | None = None) -> np.ndarray:
-    """(H, W, 3) uint8, 8 pixels a cell, of a batch of one maze; the agent where it starts, or there."""
-    _, height, width = maze.walls.shape
-    grid = Grid(width + 2, height + 2)
-    grid.wall_rect(0, 0, width + 2, height + 2)
-    for row, column in np.argwhere(maze.walls[0]).tolist():
-        grid.set(column + 1, row + 1, Wall())
-    grid.set(int(maze.goal[0, 1]) + 1, int(maze.goal[0, 0]) + 1, Goal())
-    row, column = maze.agent[0].tolist() if agent is None else agent
-    return grid.render(8, (column + 1, row + 1), int(maze.direction[0] if direction is None else direction))
 
 
 # ---- network --------------------------------------------------------------------------------------------------------
 
 
-def layer_init(layer: nn.Linear, std: float) -> nn.Linear:
-    torch.nn.init.orthogonal_(layer.weight, std)
-    torch.nn.init.constant_(layer.bias, 0.0)
-    return layer
+def head(size: int, std: float) -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, size))
+    for layer, gain in ((layers[0], math.sqrt(2)), (layers[2], std)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.constant_(layer.bias, 0.0)
+    return layers
 
 
 def episode_segments(starts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
@@ -710,15 +574,13 @@ def episode_segments(starts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     begins[:, 0] = True
     first = np.flatnonzero(begins)
     length = np.diff(np.append(first, T * N))
-    size_class = np.ceil(np.log(length) / math.log(1.5))  # within a class, the longest is 1.5 times the shortest
+    size_class = np.ceil(np.log(length) / math.log(1.5))  # within a class, no segment is 1.5 times another
     batches, where, offset = [], np.zeros(T * N, np.int64), 0
     for this in np.unique(size_class):
         first_here, length_here = first[size_class == this], length[size_class == this]
         step = first_here + np.minimum(np.arange(length_here.max())[:, None], length_here - 1)
         batch = step % T * N + step // T
-        where[batch.ravel()[::-1]] = (
-            offset + np.arange(batch.size)[::-1]
-        )  # backwards: the step itself beats its padding
+        where[batch.ravel()[::-1]] = np.arange(offset, offset + batch.size)[::-1]  # backwards: a step beats its padding
         batches.append(batch)
         offset += batch.size
     return batches, where
@@ -734,20 +596,15 @@ class Agent(nn.Module):
         self.lstm = nn.LSTM(16 * (h - 2) * (w - 2) + 5, 256)
         for name, parameter in self.lstm.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
-        num_actions = int(envs.single_action_space.n)
-        self.actor = nn.Sequential(
-            layer_init(nn.Linear(256, 32), math.sqrt(2)), nn.Tanh(), layer_init(nn.Linear(32, num_actions), 0.01)
-        )
-        self.critic = nn.Sequential(
-            layer_init(nn.Linear(256, 32), math.sqrt(2)), nn.Tanh(), layer_init(nn.Linear(32, 1), 1.0)
-        )
+        self.actor = head(int(envs.single_action_space.n), std=0.01)
+        self.critic = head(1, std=1.0)
 
-    def features(self, image: torch.Tensor, direction: torch.Tensor) -> torch.Tensor:
+    def features(self, image: Tensor, direction: Tensor) -> Tensor:
         """image (B, 5, 5, 3) uint8, direction (B,) int64 -> (B, 149)."""
         x = self.conv(image.permute(0, 3, 1, 2) / 10.0)  # "bwhc" -> "bcwh"
         return torch.cat((torch.relu(x).flatten(1), self.direction(direction)), dim=1)
 
-    def step_weights(self) -> list[torch.Tensor]:
+    def step_weights(self) -> list[Tensor]:
         """The weights as `step` needs them: the same numbers, laid out once per rollout for small batches.
 
         The convolution becomes a matrix (75, 144) and its bias, the LSTM's weights (149 + 256, 1024) and bias.
@@ -760,9 +617,7 @@ class Agent(nn.Module):
             lstm = torch.cat((self.lstm.weight_ih_l0, self.lstm.weight_hh_l0), dim=1).t().contiguous()
             return [conv, bias, lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0]
 
-    def step(
-        self, obs: dict[str, torch.Tensor], state: tuple[torch.Tensor, torch.Tensor], weights: list[torch.Tensor]
-    ) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
+    def step(self, obs: Obs, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
         """One step of N environments, to act: the LSTM's output (N, 256) and its state, h and c (N, 256) float32."""
         conv, conv_bias, lstm, lstm_bias = weights
         with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
@@ -773,7 +628,7 @@ class Agent(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return h, (h, c)
 
-    def act(self, obs: dict[str, torch.Tensor], state: tuple, weights: list[torch.Tensor]) -> tuple[Any, ...]:
+    def act(self, obs: Obs, state: tuple, weights: list[Tensor]) -> tuple[Any, ...]:
         """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state."""
         hidden, state = self.step(obs, state, weights)
         logits = self.actor(hidden).log_softmax(-1)
@@ -781,7 +636,7 @@ class Agent(nn.Module):
         action = (logits.exp() / torch.empty_like(logits).exponential_()).argmax(-1)
         return action, logits.gather(-1, action[:, None]).squeeze(-1), self.get_value(hidden), logits, state
 
-    def unroll(self, image: torch.Tensor, direction: torch.Tensor, starts: np.ndarray) -> torch.Tensor:
+    def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> Tensor:
         """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N) and (T, N) bool as `episode_segments` takes it
         -> the LSTM's outputs (T * N, 256) float32, the same as from `step` with a fresh state where starts."""
         batches, where = episode_segments(starts)
@@ -793,113 +648,111 @@ class Agent(nn.Module):
                 outputs.append(self.lstm(x.index_select(0, index.view(-1)).view(*index.shape, -1))[0].flatten(0, 1))
             return torch.cat(outputs).index_select(0, torch.from_numpy(where).to(x.device)).float()
 
-    def get_value(self, hidden: torch.Tensor) -> torch.Tensor:
+    def get_value(self, hidden: Tensor) -> Tensor:
         return self.critic(hidden).squeeze(-1)
 
-    def evaluate_actions(self, hidden: torch.Tensor, action: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    def evaluate_actions(self, hidden: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         """hidden (B, 256), action (B,) -> log-probability, entropy and value (B,)."""
         logits = self.actor(hidden).log_softmax(-1)
         logprob = logits.gather(-1, action[:, None]).squeeze(-1)
         return logprob, -(logits.exp() * logits).sum(-1), self.get_value(hidden)
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+# ---- curriculum metrics and evaluation ------------------------------------------------------------------------------
 
 
-def play(agent: Agent, envs: gym.vector.VectorEnv, record: Callable, **reset: Any) -> np.ndarray:
-    """Plays one episode in each environment to its end, stochastic policy: returns (N,). record() is called each step.
+def level_metrics(args: Args, sampler: LevelSampler, levels: np.ndarray, replay: bool) -> dict[str, float]:
+    """Quantiles of the buffer's scores; for mazes, what the levels of this rollout (T, N) are like, by kind."""
+    scores = sampler.scores[sampler.seen]
+    metrics = {f"score_q{q}": float(np.percentile(scores, q)) if len(scores) else 0.0 for q in (10, 50, 90)}
+    if args.env_id == "maze":
+        mazes = random_mazes(np.unique(levels), args.maze_size, args.num_walls, args.vary_num_walls)
+        paths = shortest_paths(mazes)
+        solvable = paths > 0
+        for name, x in (("walls", mazes.walls.sum((1, 2))), ("shortest_path", paths[solvable]), ("solvable", solvable)):
+            mean = float(x.mean()) if x.size else math.nan
+            metrics |= {f"{name}_new": math.nan if replay else mean, f"{name}_replayed": mean if replay else math.nan}
+    return metrics
 
-    reset: seed, or options with mazes. An environment that is done starts again, but nothing of that counts.
+
+def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films: dict[int, list]) -> np.ndarray:
+    """Plays one episode in each environment to its end with the stochastic policy: returns (N,) float64.
+
+    reset: arguments that start the episodes (again, uncounted, where done). films: environment -> list for its frames.
     """
-    options = reset.pop("options", {})
-    obs, _ = envs.reset(**reset, options=options)
+    obs, _ = envs.reset(**reset)
     state = tuple(torch.zeros((envs.num_envs, 256), device=obs["direction"].device) for _ in range(2))
     playing, returns, weights = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), agent.step_weights()
     while playing.any():
-        record(playing)
+        for i, film in films.items():
+            film += [Image.fromarray(envs.frame(i))] if playing[i] else []
         action, _, _, _, state = agent.act(obs, state, weights)
         obs, reward, terminations, truncations, _ = envs.step(action)
         returns += reward.cpu().numpy() * playing
         done = (terminations | truncations).cpu().numpy()
         playing &= ~done
         if done.any():
-            obs, _ = envs.reset(**reset, options=options | {"reset_mask": done})
+            obs, _ = envs.reset(**reset | {"options": reset.get("options", {}) | {"reset_mask": done}})
     return returns
 
 
-def evaluation_mazes(episodes: int) -> dict[str, list[Mazes]]:
-    """For each evaluation maze, the levels of its episodes: fixed, the same for every run."""
-    mazes = {name: [named_maze(name, episode) for episode in range(episodes)] for name in NAMED_MAZES}
-    return mazes | {"PerfectMaze21": [perfect_maze(21, seed) for seed in range(episodes)]}
+def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[list[str], gym.vector.VectorEnv, dict]]:
+    """Names, environments (for each name equally many) and their reset, to levels that are the same for every run.
+
+    For mazes the named and perfect ones, time limit 2 * size ** 2, and two of the package's, seen as the training mazes
+    are; for any other environment its own levels that are never trained on.
+    """
+    n = args.eval_episodes
+    levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
+    if args.env_id != "maze":
+        yield [args.env_id], make_minigrid(args.env_id, n, device), levels
+        return
+    mazes = [named_maze(name, episode) for name in NAMED_MAZES for episode in range(n)]
+    mazes += [perfect_maze(21, episode) for episode in range(n)]
+    limits = torch.tensor([2 * (maze.walls.shape[1] + 2) ** 2 for maze in mazes], device=device)
+    reset = {"options": {"mazes": join_mazes(mazes)}}
+    yield [*NAMED_MAZES, "PerfectMaze21"], MazeEnvs(len(mazes), device, 21, limits), reset
+    for name in ("SimpleCrossingS11N5", "FourRooms"):
+        yield [name], make_minigrid(f"MiniGrid-{name}-v0", n, device, see_like_mazes=True), levels
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
-    """Plays exactly eval_episodes episodes in each evaluation environment; random stream of its own.
+    """Plays exactly eval_episodes episodes in each evaluation environment, with a random stream of its own.
 
-    Mazes: NAMED_MAZES and 21 x 21 perfect mazes, time limit 2 * size ** 2, and PACKAGE_MAZES. Other environments: their
-    own levels from FIRST_TEST_LEVEL on. Solved means a return above 0. The IQM is over environments: the mean without
-    the lowest and the highest quarter.
+    video: a folder for a GIF of the first episode in each. Solved means a return above 0. The IQM is over environments:
+    their mean without the lowest and the highest quarter.
     """
-    episodes, returns, films = args.eval_episodes, {}, []
-    levels = list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + episodes))
+    returns: dict[str, np.ndarray] = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
-        if args.env_id == "maze":
-            by_size: dict[int, dict[str, list[Mazes]]] = {}
-            for name, mazes in evaluation_mazes(episodes).items():
-                by_size.setdefault(mazes[0].walls.shape[1] + 2, {})[name] = mazes
-            for size, group in by_size.items():
-                mazes = join_mazes([maze for part in group.values() for maze in part])
-                envs = MazeEnvs(len(mazes.goal), device, size, max_steps=2 * size**2)
-                films += [[] for _ in group]
-
-                def record(playing: torch.Tensor) -> None:
-                    for k, film in enumerate(films[-len(group) :]):  # the first episode in each maze
-                        if video and playing[k * episodes]:
-                            place = int(envs.position[k * episodes]) % envs.width**2
-                            cell = (place // envs.width - VIEW + 1, place % envs.width - VIEW + 1)
-                            maze = Mazes(*(part[k * episodes][None] for part in mazes))
-                            film.append(maze_picture(maze, cell, int(envs.direction[k * episodes])))
-
-                result = play(agent, envs, record, options={"mazes": mazes})
-                returns |= zip(group, result.reshape(len(group), episodes))
-            packages = {name: make_minigrid(id, episodes, device, True) for name, id in PACKAGE_MAZES.items()}
-        else:
-            packages = {args.env_id: make_minigrid(args.env_id, episodes, device)}
-        for name, envs in packages.items():
-            films.append([])
-
-            def record(playing: torch.Tensor) -> None:
-                if video and playing[0]:
-                    films[-1].append(envs.env.envs[0].unwrapped.get_frame(False, 8))
-
-            returns[name] = play(agent, envs, record, seed=levels)
+        for names, envs, reset in evaluation_environments(args, device):
+            films = {k * args.eval_episodes: [] for k in range(len(names) if video else 0)}
+            returns |= zip(names, play(agent, envs, reset, films).reshape(len(names), -1))
             envs.close()
-    if video:
-        write_gif(video, films)
+            for name, film in zip(names, films.values()):
+                video.mkdir(parents=True, exist_ok=True)
+                film[0].save(video / f"{name}.gif", save_all=True, append_images=film[1:], duration=100, loop=0)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates, quarter = np.sort(list(solved.values())), len(solved) // 4
     result = {"solved_mean": float(rates.mean()), "solved_iqm": float(rates[quarter : len(rates) - quarter].mean())}
     result |= {"return_mean": float(np.mean(list(returns.values())))}
     result |= {f"solved_{name}": rate for name, rate in solved.items()}
     result |= {f"return_{name}": float(x.mean()) for name, x in returns.items()}
-    return result | {"episodes": {name: [round(v, 6) for v in x.tolist()] for name, x in returns.items()}}
+    return result | {"episodes": {name: x.tolist() for name, x in returns.items()}}
 
 
-def write_gif(path: Path, films: list[list[np.ndarray]]) -> None:
-    """films: for each maze, one picture (H, W, 3) uint8 per step. Five side by side; one that is over stands still."""
-    from PIL import Image  # comes with tensorboard
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    side = max(max(film[0].shape[:2]) for film in films)
-    frames = []
-    for t in range(0, max(map(len, films)), 2):
-        shown = [film[min(t, len(film) - 1)] for film in films]
-        shown = [np.pad(p, ((0, side - p.shape[0]), (0, side - p.shape[1]), (0, 0))) for p in shown]
-        shown += [np.zeros_like(shown[0])] * (-len(shown) % min(5, len(shown)))
-        rows = [np.concatenate(shown[k : k + 5], axis=1) for k in range(0, len(shown), 5)]
-        frames.append(Image.fromarray(np.concatenate(rows)).quantize(32))
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=100, loop=0)
+def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[str, np.ndarray]:
+    """(H, W, 3) uint8 of four levels each: the highest scores, the likeliest to be replayed, and freshly drawn ones."""
+    levels = {"fresh": np.random.default_rng([args.seed, 3, iteration]).integers(FIRST_TEST_LEVEL, size=4)}
+    best = min(4, sampler.num_seen)
+    if best:
+        levels["highest_score"] = sampler.levels[np.argsort(np.where(sampler.seen, -sampler.scores, np.inf))[:best]]
+        levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
+    envs, pictures = make_envs(args, 1, torch.device("cpu")), {}
+    for name, ids in levels.items():
+        frames = [envs.frame() for level in ids.tolist() if envs.reset(seed=[level])]
+        pictures[name] = np.concatenate(frames, axis=1)
+    return pictures
 
 
 # ---- run directory --------------------------------------------------------------------------------------------------
@@ -927,7 +780,7 @@ def fingerprint(state: Any) -> str:
             for part in x:
                 feed(part)
         else:
-            digest.update(x.cpu().contiguous().numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x).encode())
+            digest.update(x.cpu().contiguous().numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode())
 
     feed(plain(state))
     return digest.hexdigest()
@@ -994,13 +847,10 @@ def evaluate_run(args: Args) -> None:
     except (EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
         refuse(f"--evaluate {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
     name = f"evaluation_{int(time.time())}"
-    result = evaluate(agent, args, device, run_dir / "videos" / f"{name}.gif" if args.capture_video else None)
+    result = evaluate(agent, args, device, run_dir / "videos" / name if args.capture_video else None)
     write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())
-    for key, value in result.items():
-        if key.startswith("solved_"):
-            print(f"{key}: {value:.3f}")
-    print(f"{args.eval_episodes} episodes in each environment")
-    print(f"every episode: {run_dir / name}.json")
+    print("\n".join(f"{key}: {value:.3f}" for key, value in result.items() if key.startswith("solved_")))
+    print(f"{args.eval_episodes} episodes in each environment, every one in {run_dir / name}.json")
 
 
 # ---- training -------------------------------------------------------------------------------------------------------
@@ -1024,32 +874,23 @@ def main() -> None:
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     device = choose_device(args)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     torch.manual_seed(args.seed)  # network, actions, minibatches; sampler and evaluation have streams of their own
     envs = make_envs(args, args.num_envs, device)
     agent = Agent(envs, args.precision).to(device)
     act = torch.compile(agent.act) if args.compile else agent.act
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    sampler = LevelSampler(
-        num_envs=args.num_envs,
-        seed=args.seed,
-        level_space=FIRST_TEST_LEVEL,
-        curriculum="uniform" if args.curriculum == "dr" else "plr",
-        buffer_size=0 if args.curriculum == "dr" else args.buffer_size,
-        nu=1 - args.replay_prob,
-        **{name: getattr(args, name) for name in "score_transform temperature staleness_coef".split()},
-        **{name: getattr(args, name) for name in "replay_schedule rho alpha".split()},
-    )
+    names = "num_envs seed score_transform temperature staleness_coef replay_schedule rho alpha".split()
+    options = {name: getattr(args, name) for name in names} | {"level_space": FIRST_TEST_LEVEL}
+    plr = {"buffer_size": args.buffer_size, "nu": 1 - args.replay_prob}  # dr has no buffer: every level is a new one
+    sampler = LevelSampler(**options, **({"curriculum": "uniform"} if args.curriculum == "dr" else plr))
 
     # ==== storage: T = num_steps, N = num_envs ====
     T, N, num_actions = args.num_steps, args.num_envs, int(envs.single_action_space.n)
     images = torch.zeros((T, N) + envs.single_observation_space["image"].shape, dtype=torch.uint8, device=device)
-    directions = torch.zeros((T, N), dtype=torch.int64, device=device)
-    actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((T, N), device=device)
+    directions, actions = torch.zeros((2, T, N), dtype=torch.int64, device=device)
+    logprobs, rewards, values = torch.zeros((3, T, N), device=device)
     logits = torch.zeros((T, N, num_actions), device=device)  # float32, normalised log-probabilities
-    rewards = torch.zeros((T, N), device=device)
-    values = torch.zeros((T, N), device=device)
-    final_values = torch.zeros((T, N), device=device)  # with bootstrap_timeouts: of the state a time limit stopped in
     dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
 
@@ -1059,18 +900,13 @@ def main() -> None:
 
     def run_state() -> dict[str, Any]:
         """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
-        return {
-            "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "sampler": sampler.state_dict(),
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }
+        cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
+        return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
+    why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
     print(f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}", flush=True)
-    if device.type == "cpu":
-        why = "No CUDA device" if args.cuda else "--no-cuda"
-        print(f"{why}: training on {torch.get_num_threads()} CPU threads. How long it will take:", flush=True)
+    print(f"{why}training on {device_name}. How long it will take:", flush=True)
 
     for iteration in range(1, args.num_iterations + 1):
         iteration_start = time.time()
@@ -1078,32 +914,31 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
 
         # ==== rollout ====
-        # Algorithm 1: the replay decision d, one for all environments; the levels of the rollout; is it trained on?
+        # Algorithm 1: sample the replay decision d, one for all environments
         replay = sampler.decide_replay()
-        learn = replay or args.curriculum != "robust_plr"
-        sampler.drop(np.ones(N, bool))  # the episodes that the last rollout cut off
-        next_levels = sampler.next_levels(np.ones(N, bool), replay)  # (N,) int64
-        next_obs, _ = envs.reset(seed=next_levels.tolist())
+        # d = 0: a new level from the generator for each environment. d = 1: a level each from the buffer, by P_replay
         next_done = np.ones(N, bool)
+        sampler.drop(next_done)  # the episodes that the last rollout cut off
+        next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
+        next_obs, _ = envs.reset(seed=next_levels.tolist())
+        # collect the trajectories
         lstm_state = tuple(torch.zeros((N, 256), device=device) for _ in range(2))
         step_weights = agent.step_weights()
         episode_return, episode_length = np.zeros(N), np.zeros(N, np.int64)
         finished: list[tuple[float, int]] = []  # (return, length) of the episodes that ended
-        final_values.zero_()
         for step in range(args.num_steps):
             global_step += args.num_envs
             images[step], directions[step] = next_obs["image"], next_obs["direction"]
             dones[step] = next_done
             levels[step] = next_levels
             with torch.no_grad():
-                actions[step], logprobs[step], values[step], logits[step], lstm_state = act(
-                    next_obs, lstm_state, step_weights
-                )
+                action, logprobs[step], values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights)
+            actions[step] = action
 
-            next_obs, reward, terminations, truncations, _ = envs.step(actions[step])
+            next_obs, reward, terminations, truncations, _ = envs.step(action)
             rewards[step] = reward
-            # one transfer from the device per step
-            reward, next_done = torch.stack((reward, (terminations | truncations).float())).cpu().numpy()
+            done = terminations | truncations
+            reward, next_done = torch.stack((reward, done.float())).cpu().numpy()  # one transfer per step
             next_done = next_done > 0
             episode_return += reward
             episode_length += 1
@@ -1112,11 +947,11 @@ def main() -> None:
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
                     with torch.no_grad():
                         final_value = agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0])
-                    final_values[step] = final_value * timeouts
+                    rewards[step] += args.gamma * final_value * timeouts
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
                 episode_return[next_done] = episode_length[next_done] = 0
-                # replay: another level from the buffer; new levels: the same level again
+                # d = 0: the same level again. d = 1: another one from the buffer
                 next_levels = sampler.next_levels(next_done, replay, None if replay else next_levels)
                 next_obs, _ = envs.reset(seed=next_levels.tolist(), options={"reset_mask": next_done})
                 keep = torch.from_numpy(~next_done).to(device)[:, None]
@@ -1124,13 +959,12 @@ def main() -> None:
 
         # ==== advantages (GAE) ====
         with torch.no_grad():
-            ends = (
-                torch.from_numpy(np.concatenate((dones[1:], next_done[None]))).to(device).float()
-            )  # step t ended its episode
+            ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+            ends = torch.from_numpy(ended).to(device, torch.float32)
             next_value = torch.zeros(N, device=device)
             if args.bootstrap_timeouts:
                 next_value = agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0])
-            next_values = torch.cat((values[1:], next_value[None])) * (1 - ends) + final_values
+            next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
             deltas = rewards + args.gamma * next_values - values
             advantages = torch.zeros_like(rewards)
             lastgaelam = torch.zeros_like(next_value)
@@ -1138,9 +972,9 @@ def main() -> None:
                 advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
             returns = advantages + values
 
-        # ==== level scores (Robust PLR, Algorithm 1): how much is there still to learn on each level? ====
+        # ==== level scores (Algorithm 1: the score S, and the buffer's update with it) ====
         # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
-        if args.score == "max_mc":  # regret, from the best return so far on the level: max_mc and value share units
+        if args.score == "max_mc":  # regret, estimated with the best return so far on the level
             played, inverse = np.unique(levels, return_inverse=True)
             best = sampler.best_returns(played)[inverse].reshape(levels.shape)
             step_scores = torch.from_numpy(best).to(values) - values
@@ -1159,16 +993,18 @@ def main() -> None:
         elif args.score == "min_margin":
             step_scores = 1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1)
         cut_too = args.bootstrap_timeouts and args.score != "max_mc"
-        sampler.update(levels, step_scores.cpu().numpy(), ends.cpu().numpy(), score_tails=cut_too)
+        sampler.update(levels, step_scores.cpu().numpy(), ended, score_tails=cut_too)
 
-        # ==== optimise (PPO): Robust PLR does not learn from new levels, so nothing is computed for them ====
+        # ==== optimise (PPO; Algorithm 1: if d = 1, update the policy) ====
+        # Robust PLR learns nothing from new levels, so nothing is computed for them.
+        learn = replay or args.curriculum != "robust_plr"
         losses, updates = torch.zeros(6, device=device), 0  # summed over the minibatches, read once
         for _epoch in range(args.update_epochs if learn else 0):
             for mb_envs in torch.randperm(N).split(N // args.num_minibatches):
                 mb_inds = mb_envs.to(device)
-                b_actions, b_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
-                b_advantages, b_returns = advantages[:, mb_inds].reshape(-1), returns[:, mb_inds].reshape(-1)
-                b_values = values[:, mb_inds].reshape(-1)
+                b_actions, b_logprobs, b_advantages, b_returns, b_values = (
+                    x[:, mb_inds].reshape(-1) for x in (actions, logprobs, advantages, returns, values)
+                )
                 hidden = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
                 newlogprob, entropy, newvalue = agent.evaluate_actions(hidden, b_actions)
                 logratio = newlogprob - b_logprobs
@@ -1199,17 +1035,14 @@ def main() -> None:
         untrained_steps += 0 if learn else args.batch_size
 
         # ==== log ====
-        losses = (
-            losses / updates if updates else losses * math.nan
-        ).tolist()  # waits for the device, then the clock stops
+        losses = (losses / updates if updates else losses * math.nan).tolist()  # the clock stops after the work is done
         seconds = time.time() - iteration_start
         train_seconds += seconds
-        explained_var = float(1 - (returns - values).var() / returns.var().clamp(min=1e-12))
         names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
-        quantiles = np.quantile(sampler.scores[sampler.seen], (0.1, 0.5, 0.9)) if sampler.seen.any() else [0.0] * 3
+        mean_return, mean_length = np.mean(finished, axis=0).tolist() if finished else (math.nan, math.nan)
         row = {
-            "charts/episodic_return": float(np.mean([x for x, _ in finished])) if finished else math.nan,
-            "charts/episodic_length": float(np.mean([x for _, x in finished])) if finished else math.nan,
+            "charts/episodic_return": mean_return,
+            "charts/episodic_length": mean_length,
             "charts/solved_rate": float(np.mean([x > 0 for x, _ in finished])) if finished else math.nan,
             "charts/episodes": len(finished),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
@@ -1217,21 +1050,11 @@ def main() -> None:
             "charts/gradient_updates": gradient_updates,
             "charts/untrained_steps": untrained_steps,
             **{f"losses/{name}": value for name, value in zip(names, losses)},
-            "losses/explained_variance": explained_var,
+            "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
             "curriculum/replay": int(replay),
             **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
-            **{f"curriculum/score_q{q}": float(value) for q, value in zip((10, 50, 90), quantiles)},
+            **{f"curriculum/{name}": value for name, value in level_metrics(args, sampler, levels, replay).items()},
         }
-        if args.env_id == "maze":
-            mazes = random_mazes(np.unique(levels), args.maze_size, args.num_walls, args.vary_num_walls)
-            paths = shortest_paths(mazes)
-            shape = (mazes.walls.sum((1, 2)).mean(), paths[paths > 0].mean(), (paths > 0).mean())
-            for kind in ("new", "replayed"):
-                known = shape if (kind == "replayed") == replay else [math.nan] * 3
-                row |= {
-                    f"curriculum/{name}_{kind}": float(x)
-                    for name, x in zip(("walls", "shortest_path", "solvable"), known)
-                }
         for key, value in row.items():
             if not math.isnan(value):
                 writer.add_scalar(key, value, global_step)
@@ -1242,22 +1065,14 @@ def main() -> None:
         # ==== evaluate ====
         last = iteration == args.num_iterations
         if last or (args.eval_interval and iteration % args.eval_interval == 0):
-            video = run_dir / "videos" / f"step_{global_step}.gif" if args.capture_video else None
+            video = run_dir / "videos" / f"step_{global_step}" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)
             scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
             for key, value in scalars.items():
                 writer.add_scalar(f"eval/{key}", value, global_step)
             append_row(run_dir / "evaluations.csv", when | {"gradient_updates": gradient_updates} | scalars)
-            shown = {"fresh": np.random.default_rng([args.seed, 3, iteration]).integers(FIRST_TEST_LEVEL, size=4)}
-            if sampler.num_seen:
-                for name, x in (
-                    ("highest_score", np.where(sampler.seen, sampler.scores, -np.inf)),
-                    ("highest_weight", sampler.weights()),
-                ):
-                    shown[name] = sampler.levels[np.argsort(-x)[: min(4, sampler.num_seen)]]
-            for name, ids in shown.items():
-                pictures = np.concatenate([level_picture(args, int(level)) for level in ids], axis=1)
-                writer.add_image(f"levels/{name}", pictures, global_step, dataformats="HWC")
+            for name, picture in level_pictures(args, sampler, iteration).items():
+                writer.add_image(f"levels/{name}", picture, global_step, dataformats="HWC")
 
         # ==== checkpoint ====
         if last or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
@@ -1270,22 +1085,17 @@ def main() -> None:
         window_seconds, window_steps = window_seconds + seconds, window_steps + args.batch_size
         if last or iteration == 1 or window_seconds > 10:
             left = (time.time() - start_time) / iteration * (args.num_iterations - iteration)
-            parts = [f"step {global_step:,} ({iteration / args.num_iterations:.1%})", f"{gradient_updates:,} updates"]
-            parts += [
-                f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left",
-                f"{window_steps / window_seconds:,.0f} steps/s",
-                f"train return {np.mean(window_returns) if window_returns else math.nan:.2f}",
-            ]
-            if evaluation:
-                parts += [f"evaluation: solved {evaluation['solved_mean']:.2f}"]
-            print(" | ".join(parts), flush=True)
+            line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {gradient_updates:,} updates | "
+            line += f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left | {window_steps / window_seconds:,.0f} steps/s"
+            line += f" | train return {np.mean(window_returns or [math.nan]):.2f}"
+            print(line + (f" | evaluation: solved {evaluation['solved_mean']:.2f}" if evaluation else ""), flush=True)
             window_returns, window_seconds, window_steps = [], 0.0, 0
 
     result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
     result |= {"gradient_updates": gradient_updates, "untrained_steps": untrained_steps}
     result |= {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
-    result |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
-    result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
+    result |= {"device": device_name, "torch": torch.__version__, "fingerprint": fingerprint(run_state())}
+    result["evaluation"] = evaluation
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
     envs.close()
     writer.close()
