@@ -499,11 +499,13 @@ class MazeEnvs(gym.vector.VectorEnv):
         rows, columns = (np.flatnonzero((cells != WALL).any(axis)) for axis in (1, 0))
         top, left = rows[0] - 1, columns[0] - 1
         cells = cells[top : rows[-1] + 2, left : columns[-1] + 2]
-        grid = Grid(cells.shape[1], cells.shape[0])
-        for row, column in np.argwhere(cells != EMPTY).tolist():
-            grid.set(column, row, Goal() if cells[row, column] == GOAL else Wall())
+        what = (cells == WALL) + 2 * (cells == GOAL)
+        tiles = np.stack([Grid.render_tile(thing, tile_size=8) for thing in (None, Wall(), Goal())]).astype(np.uint8)
+        picture = tiles[what]  # (rows, columns, 8, 8, 3)
         row, column = divmod(int(self.position[i]) % self.width**2, self.width)
-        return grid.render(8, (column - left, row - top), int(self.direction[i]))
+        under = Goal() if what[row - top, column - left] == 2 else None
+        picture[row - top, column - left] = Grid.render_tile(under, int(self.direction[i]), tile_size=8)
+        return np.concatenate(np.concatenate(picture, axis=1), axis=1)
 
 
 class TensorEnvs(gym.vector.VectorWrapper):
@@ -731,7 +733,7 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
             envs.close()
             for name, film in zip(names, films.values()):
                 video.mkdir(parents=True, exist_ok=True)
-                film[0].save(video / f"{name}.gif", save_all=True, append_images=film[1:], duration=100, loop=0)
+                film[0].save(video / f"{name}.gif", save_all=True, append_images=film[2::2], duration=100, loop=0)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates, quarter = np.sort(list(solved.values())), len(solved) // 4
     result = {"solved_mean": float(rates.mean()), "solved_iqm": float(rates[quarter : len(rates) - quarter].mean())}

@@ -1,21 +1,71 @@
-"""ppo_robust_plr_minigrid.py: mazes against the minigrid package, the network, the algorithm, and whole runs."""
+"""ppo_robust_plr_minigrid.py: mazes against the minigrid package, the network, the algorithm, whole runs, failures."""
 
+import copy
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+import torch.nn as nn
+import tyro
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
 from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import ppo_robust_plr_minigrid as script  # noqa: E402
+import ppo_robust_plr_minigrid as script
 
+ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
+TINY = "--num-envs 4 --num-steps 24 --update-epochs 2 --maze-size 7 --num-walls 6 --max-steps 20 --buffer-size 12"
+TINY += " --rho 0.3 --total-timesteps 960 --eval-episodes 1"
+
+
+def run(flags: str, **env: str) -> subprocess.CompletedProcess:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
+    command = [sys.executable, "ppo_robust_plr_minigrid.py", *flags.split()]
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+
+
+def train(flags: str, run_dir: Path, **env: str) -> dict:
+    done = run(f"{flags} --run-dir {run_dir}", **env)
+    assert done.returncode == 0, done.stderr
+    return result_of(run_dir) | {"stdout": done.stdout, "stderr": done.stderr}
+
+
+def main(monkeypatch, flags: str) -> None:
+    """The script in this process, so that a test can watch it."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr(sys, "argv", ["ppo_robust_plr_minigrid.py", *flags.split()])
+    script.main()
+
+
+def rows(path: Path) -> list[dict[str, float]]:
+    with open(path) as file:
+        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def result_of(run_dir: Path) -> dict:
+    return json.loads((run_dir / "result.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    run_dir = tmp_path_factory.mktemp("finished") / "run"
+    result = train(TINY, run_dir)
+    (run_dir / "stdout").write_text(result["stdout"])
+    return run_dir
 
 
 # ---- mazes against the package --------------------------------------------------------------------------------------
@@ -46,7 +96,8 @@ class Oracle(MiniGridEnv):
 def assert_same_as_package(mazes: script.Mazes, envs: script.MazeEnvs, num_actions: int, seed: int) -> int:
     """Plays random actions in `envs`, already reset to `mazes`, and in the package; returns the number of goals."""
     n, rng = len(mazes.goal), np.random.default_rng(seed)
-    oracles = [Oracle(script.Mazes(*(part[i : i + 1] for part in mazes)), envs.max_steps) for i in range(n)]
+    limits = torch.as_tensor(envs.max_steps).expand(n).tolist()
+    oracles = [Oracle(script.Mazes(*(part[i : i + 1] for part in mazes)), limits[i]) for i in range(n)]
     expected = [oracle.reset()[0] for oracle in oracles]
     obs, goals = envs.reset(options={"mazes": mazes})[0], 0
     for _ in range(num_actions):
@@ -71,6 +122,179 @@ def test_random_mazes_equal_the_package(vary, num_walls):
     mazes = script.random_mazes(np.arange(100), 15, num_walls, vary)
     envs = script.MazeEnvs(100, CPU, 15, 250)
     assert assert_same_as_package(mazes, envs, 300, seed=0) > 20
+
+
+def test_named_and_perfect_mazes_equal_the_package():
+    mazes = [script.named_maze(name, 1) for name in script.NAMED_MAZES] + [script.perfect_maze(21, 3)]
+    envs = script.MazeEnvs(10, CPU, 21, torch.tensor([450] * 8 + [882] * 2))
+    joined = script.join_mazes(mazes)
+    assert_same_as_package(joined, envs, 150, seed=1)
+    for i, maze in enumerate(mazes):  # in its own size, a maze looks no different
+        alone = script.MazeEnvs(1, CPU, maze.walls.shape[1] + 2, int(envs.max_steps[i]))
+        rng = np.random.default_rng(i)
+        a, b = alone.reset(options={"mazes": maze})[0], envs.reset(options={"mazes": joined})[0]
+        for _ in range(60):
+            assert torch.equal(a["image"][0], b["image"][i]) and a["direction"][0] == b["direction"][i]
+            action = torch.from_numpy(rng.integers(3, size=10))
+            a, b = alone.step(action[i : i + 1])[0], envs.step(action)[0]
+
+
+@pytest.mark.parametrize("size", [5, 13, 51, 101])
+def test_other_sizes_equal_the_package(size):
+    if size > 20:
+        mazes = script.join_mazes([script.perfect_maze(size, seed) for seed in range(2)])
+    else:
+        mazes = script.random_mazes(np.arange(20), size, 4 if size == 5 else 60)
+    assert_same_as_package(mazes, script.MazeEnvs(len(mazes.goal), CPU, size, 2 * size**2), 60, seed=size)
+
+
+def test_a_maze_is_decided_by_its_level_alone():
+    levels = np.array([7, 2**30 - 1, 0, 7, 123456])
+    mazes = script.random_mazes(levels, 15, 25)
+    for i, level in enumerate(levels):
+        alone = script.random_mazes(np.array([level]), 15, 25)
+        assert all(np.array_equal(part[i], other[0]) for part, other in zip(mazes, alone))
+    assert not np.array_equal(mazes.walls[0], mazes.walls[1])
+
+
+@pytest.mark.parametrize("size, num_walls, vary", [(15, 25, False), (15, 60, True), (7, 23, False), (15, 0, False)])
+def test_random_mazes_are_what_they_should_be(size, num_walls, vary):
+    n, cells = 20000, (size - 2) ** 2
+    mazes = script.random_mazes(np.arange(n), size, num_walls, vary)
+    rows = np.arange(n)
+    assert mazes.walls.shape == (n, size - 2, size - 2)
+    assert not mazes.walls[rows, mazes.goal[:, 0], mazes.goal[:, 1]].any()
+    assert not mazes.walls[rows, mazes.agent[:, 0], mazes.agent[:, 1]].any()
+    assert (mazes.goal != mazes.agent).any(1).all()
+    walls = mazes.walls.sum((1, 2))
+    assert walls.max() <= num_walls
+    # k blocks anywhere, with replacement, cover cells * (1 - (1 - 1 / cells) ** k); two of the cells are cleared
+    blocks = np.arange(num_walls + 1) if vary else np.array([num_walls])
+    expected = ((cells - 2) * (1 - (1 - 1 / cells) ** blocks)).mean()
+    assert abs(walls.mean() - expected) < 5 * walls.std() / np.sqrt(n) + 1e-9
+    for part, count in (
+        (mazes.goal @ [size - 2, 1], cells),
+        (mazes.agent @ [size - 2, 1], cells),
+        (mazes.direction, 4),
+    ):
+        share = np.bincount(part, minlength=count) / n
+        assert abs(share - 1 / count).max() < 6 * np.sqrt(1 / count / n)
+
+
+def walk(mazes: script.Mazes, i: int) -> int:
+    """Cells from agent to goal of maze i by an ordinary queue, -1 if it cannot be reached."""
+    queue, seen = [(tuple(mazes.agent[i]), 0)], {tuple(mazes.agent[i])}
+    for (r, c), distance in queue:
+        if (r, c) == tuple(mazes.goal[i]):
+            return distance
+        for cell in ((r + 1, c), (r - 1, c), (r, c + 1), (r, c - 1)):
+            inside = all(0 <= x < side for x, side in zip(cell, mazes.walls[i].shape))
+            if inside and not mazes.walls[i][cell] and cell not in seen:
+                seen.add(cell)
+                queue.append((cell, distance + 1))
+    return -1
+
+
+def test_shortest_paths_equal_a_plain_search():
+    mazes = script.random_mazes(np.arange(300), 11, 40)
+    paths = script.shortest_paths(mazes)
+    assert paths.tolist() == [walk(mazes, i) for i in range(300)]
+    assert (paths < 0).any() and paths.max() > 15
+
+
+def test_perfect_mazes_have_one_path_between_any_two_cells():
+    for size in (9, 21, 51):
+        maze = script.perfect_maze(size, 5)
+        free = ~maze.walls[0]
+        passages = (free[1:] & free[:-1]).sum() + (free[:, 1:] & free[:, :-1]).sum()
+        assert passages == free.sum() - 1  # a tree, if connected: and it is
+        reach = [script.Mazes(maze.walls, np.array([cell]), maze.agent, maze.direction) for cell in np.argwhere(free)]
+        paths = script.shortest_paths(script.Mazes(*map(np.concatenate, zip(*reach[:200]))))
+        assert (paths >= 0).all()
+        assert script.shortest_paths(maze)[0] > 0
+
+
+def test_named_mazes_are_solvable_and_take_turns_through_their_goals():
+    shape = {name: maze.shape for name, maze in script.NAMED_MAZES.items()}
+    assert shape.pop("LargeCorridor") == (19, 19) and set(shape.values()) == {(13, 13)} and len(shape) == 8
+    paths = {name: script.shortest_paths(script.named_maze(name, 0))[0] for name in script.NAMED_MAZES}
+    assert min(paths.values()) > 0 and paths["Labyrinth"] == paths["Labyrinth2"] == 96
+    goals = {tuple(script.named_maze("SmallCorridor", episode).goal[0]) for episode in range(20)}
+    assert len(goals) == 10 and (script.NAMED_MAZES["SmallCorridor"] == "g").sum() == 10
+
+
+def test_the_gymnasium_interface_of_mazes():
+    envs = script.MazeEnvs(3, CPU)
+    assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED
+    obs, infos = envs.reset(seed=5)
+    assert infos == {} and envs.observation_space.contains({key: value.numpy() for key, value in obs.items()})
+    start = {key: value.clone() for key, value in envs.reset(seed=[5, 6, 7])[0].items()}
+    assert all(torch.equal(obs[key], start[key]) for key in obs)
+    envs.reset()  # levels of its own choice
+    envs.reset(seed=[5, 6, 7])
+    before = envs.step(envs.action_space.sample())[0]
+    kept = {key: value.clone() for key, value in before.items()}
+    again = envs.reset(seed=[1, 6, 1], options={"reset_mask": np.array([False, True, False])})[0]
+    assert torch.equal(again["image"][1], start["image"][1]) and again["direction"][1] == start["direction"][1]
+    assert all(torch.equal(before[key], kept[key]) for key in before)  # what step gave is not changed afterwards
+    assert torch.equal(again["image"][::2], before["image"][::2])
+    assert envs.steps.tolist() == [1, 0, 1]
+
+
+def test_level_starts_are_kept_and_forgotten_without_anyone_noticing():
+    envs, fresh = script.MazeEnvs(64, CPU), script.MazeEnvs(64, CPU)
+    for first in (0, 64, *range(10**6, 10**6 + 64 * 140, 64), 0):
+        levels = list(range(first, first + 64))
+        obs = envs.reset(seed=levels)[0]
+        assert len(envs.known) <= len(envs.starts[0])
+    fresh.known = {}
+    assert torch.equal(obs["image"], fresh.reset(seed=levels)[0]["image"]) and torch.equal(envs.cells, fresh.cells)
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_compiled_mazes_equal_eager_ones():
+    eager, compiled = script.MazeEnvs(8, CPU, max_steps=30), script.MazeEnvs(8, CPU, max_steps=30, compile=True)
+    rng, levels = np.random.default_rng(0), list(range(8))
+    eager.reset(seed=levels), compiled.reset(seed=levels)
+    for _ in range(40):
+        actions = torch.from_numpy(rng.integers(7, size=8))
+        a, b = eager.step(actions), compiled.step(actions)
+        assert torch.equal(a[0]["image"], b[0]["image"]) and all(torch.equal(x, y) for x, y in zip(a[1:4], b[1:4]))
+        if (done := (a[2] | a[3]).numpy()).any():
+            eager.reset(seed=levels, options={"reset_mask": done})
+            compiled.reset(seed=levels, options={"reset_mask": done})
+
+
+@pytest.mark.parametrize("env_id, view", [("MiniGrid-MultiRoom-N4-S5-v0", 7), ("MiniGrid-FourRooms-v0", 5)])
+def test_registered_environments_play_the_level_that_is_their_seed(env_id, view):
+    envs = script.make_minigrid(env_id, 3, CPU, see_like_mazes=view == 5)
+    rng, starts = np.random.default_rng(0), {}
+    for levels in ([3, 4, 5], [4, 3, 3]):
+        obs, _ = envs.reset(seed=levels)
+        for i, level in enumerate(levels):
+            env = gym.make(env_id, agent_view_size=view).unwrapped
+            env.see_through_walls = view == 5 or env.see_through_walls
+            expected, _ = env.reset(seed=level)
+            assert (obs["image"][i].numpy() == expected["image"]).all() and obs["direction"][i] == expected["direction"]
+            assert starts.setdefault(level, env.grid.encode().tobytes()) == env.grid.encode().tobytes()
+        for _ in range(20):
+            obs, reward, terminated, truncated, _ = envs.step(torch.from_numpy(rng.integers(3, size=3)))
+            if (done := (terminated | truncated).numpy()).any():
+                envs.reset(seed=levels, options={"reset_mask": done})
+    assert reward.dtype == torch.float32 and obs["image"].shape == (3, view, view, 3)
+    assert len(set(starts.values())) == 3
+
+
+def test_pictures_are_the_packages():
+    maze = script.named_maze("SixteenRooms", 0)
+    envs = script.MazeEnvs(1, CPU, 21)  # larger than the maze
+    envs.reset(options={"mazes": maze})
+    oracle = Oracle(maze, 100)
+    oracle.reset()
+    for action in (2, 2, 1, 2):
+        assert np.array_equal(envs.frame(), oracle.grid.render(8, oracle.agent_pos, oracle.agent_dir))
+        envs.step(torch.tensor([action])), oracle.step(action)
+    assert envs.frame().shape == (120, 120, 3)
 
 
 # ---- the LSTM over segments -----------------------------------------------------------------------------------------
@@ -115,3 +339,622 @@ def test_segments_equal_steps_in_long_rollouts(agent, share):
     with torch.no_grad():
         got = agent.unroll(images, directions, starts)
         assert torch.allclose(got, step_by_step(agent, images, directions, starts), atol=1e-5)
+
+
+# ---- numbers, on an environment small enough to do by hand -----------------------------------------------------------
+
+LENGTHS = np.array([3, 1, 5])  # level l % 3 ends after this many steps; level 1's end is a time limit
+REWARDS = np.array([[1.0, 0.0, 2.0, 0, 0, 0], [-1.5, 0, 0, 0, 0, 0], [0.0, 0.5, 0.0, -0.25, 3.0, 0]])
+VALUES = np.array([[0.3, -0.2, 0.9, 2.2, 0, 0], [0.1, 1.7, 0, 0, 0, 0], [0.7, 0.6, 0.1, 1.2, -0.4, 3.3]])
+LOGITS = np.random.default_rng(0).normal(size=(3, 6, 7))
+
+
+class Corridor(gym.vector.VectorEnv):
+    """Rewards and lengths by level; actions do nothing. The first pixel says where one is: 16 * (level % 3) + step."""
+
+    def __init__(self, num_envs: int):
+        self.num_envs, self.started = num_envs, []
+        image = gym.spaces.Box(0, 255, (5, 5, 3), np.uint8)
+        self.single_observation_space = gym.spaces.Dict({"direction": gym.spaces.Discrete(4), "image": image})
+        self.single_action_space = gym.spaces.Discrete(7)
+        self.level, self.t = np.zeros(num_envs, int), np.zeros(num_envs, int)
+
+    def look(self) -> dict[str, torch.Tensor]:
+        image = torch.zeros((self.num_envs, 5, 5, 3), dtype=torch.uint8)
+        image[:, 0, 0, 0] = torch.from_numpy(16 * self.level + self.t)
+        return {"image": image, "direction": torch.zeros(self.num_envs, dtype=torch.int64)}
+
+    def reset(self, *, seed=None, options=None):
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        assert all(type(level) is int for level in seed)  # a registered Gymnasium environment takes nothing else
+        self.started.append((np.flatnonzero(mask).tolist(), np.array(seed)[mask].tolist()))
+        self.level[mask], self.t[mask] = np.array(seed)[mask] % 3, 0
+        return self.look(), {}
+
+    def step(self, actions):
+        rewards = torch.from_numpy(REWARDS[self.level, self.t]).float()
+        self.t += 1
+        done = self.t >= LENGTHS[self.level]
+        limit = torch.from_numpy(done & (self.level == 1))
+        return self.look(), rewards, torch.from_numpy(done) & ~limit, limit, {}
+
+
+class Table(nn.Module):
+    """An agent whose values and logits are known."""
+
+    def __init__(self, envs=None, precision="fp32"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(1))
+
+    def step_weights(self):
+        return []
+
+    def step(self, obs, state, weights):
+        return obs["image"][:, 0, 0, 0].long(), state
+
+    def get_value(self, code):
+        return torch.tensor(VALUES).float()[code // 16, code % 16] + self.weight
+
+    def act(self, obs, state, weights):
+        code, state = self.step(obs, state, weights)
+        logits = torch.tensor(LOGITS).float()[code // 16, code % 16].log_softmax(-1)
+        action = torch.multinomial(logits.exp(), 1)[:, 0]
+        return action, logits[torch.arange(len(code)), action], self.get_value(code), logits, state
+
+    def unroll(self, image, direction, starts):
+        return image[..., 0, 0, 0].long().flatten()
+
+    def evaluate_actions(self, code, action):
+        logits = (torch.tensor(LOGITS).float()[code // 16, code % 16] + self.weight).log_softmax(-1)
+        return logits[torch.arange(len(code)), action], logits.sum(-1), self.get_value(code)
+
+
+@pytest.fixture
+def corridor(monkeypatch):
+    """The script with Corridor and Table; what every rollout gave to the sampler, and what it answered."""
+    rollouts, made = [], []
+
+    class Spy(script.LevelSampler):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+            made.append(self)
+            self.draws = []
+
+        def sample(self, replay=None):
+            level = super().sample(replay)
+            self.draws.append((replay, level))
+            return level
+
+        def update(self, levels, step_scores, dones, **kwargs):
+            episodes = super().update(levels, step_scores, dones, **kwargs)
+            rollouts.append((levels.copy(), np.array(step_scores), np.array(dones).astype(bool), episodes, self.draws))
+            self.draws = []
+            return episodes
+
+    monkeypatch.setattr(script, "LevelSampler", Spy)
+    monkeypatch.setattr(script, "Agent", Table)
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: Corridor(num_envs))
+    monkeypatch.setattr(script, "check_environment", lambda env_id: 5)
+    monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
+    monkeypatch.setattr(script, "level_pictures", lambda *args: {})
+    return rollouts, made
+
+
+CORRIDOR = "--env-id corridor --num-envs 3 --num-steps 14 --buffer-size 8 --checkpoint-interval 0"
+
+
+def by_hand(levels, dones, gamma, lam, bootstrap):
+    """Per step of a rollout, in plain loops: position in its episode, value, TD error, GAE."""
+    T, N = levels.shape
+    t_of, t = np.zeros((T, N), int), np.zeros(N, int)
+    for step in range(T):
+        t_of[step] = t
+        t = np.where(dones[step], 0, t + 1)
+    kind = levels % 3
+    values, deltas, advantages = VALUES[kind, t_of], np.zeros((T, N)), np.zeros((T, N))
+    for i in range(N):
+        for step in range(T):
+            after = VALUES[kind[step, i], t_of[step, i] + 1]  # of the state that the step leads to, reset or not
+            cut = dones[step, i] and kind[step, i] == 1 or step == T - 1 and not dones[step, i]
+            if dones[step, i] or step == T - 1:
+                after = after if cut and bootstrap else 0.0
+            deltas[step, i] = REWARDS[kind[step, i], t_of[step, i]] + gamma * after - values[step, i]
+        for step in range(T):  # GAE as the sum it stands for: of discounted deltas up to the episode's end
+            for k in range(step, T):
+                advantages[step, i] += (gamma * lam) ** (k - step) * deltas[k, i]
+                if dones[k, i]:
+                    break
+    return t_of, values, deltas, advantages
+
+
+@pytest.mark.parametrize("bootstrap", [False, True])
+@pytest.mark.parametrize("score", script.Args.__annotations__["score"].__args__)
+def test_each_score_by_hand(score, bootstrap, corridor, monkeypatch, tmp_path):
+    rollouts, _ = corridor
+    flags = f"{CORRIDOR} --total-timesteps 42 --gamma 0.9 --gae-lambda 0.8 --score {score} --run-dir {tmp_path}/run"
+    main(monkeypatch, flags + " --bootstrap-timeouts" * bootstrap)
+    levels, step_scores, dones, episodes, _ = rollouts[0]
+    levels[:, :] = levels  # three levels, played again and again
+    assert dones.sum() > 5 and not dones[-1].all() and (levels == levels[0]).all()
+    t_of, values, deltas, advantages = by_hand(levels, dones, 0.9, 0.8, bootstrap)
+    logits = LOGITS[levels % 3, t_of]
+    p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
+    best = {}  # level -> best return of a whole episode
+    for i in range(3):
+        for step in np.flatnonzero(dones[:, i]):
+            total = REWARDS[levels[step, i] % 3, : t_of[step, i] + 1].sum()
+            best[levels[step, i]] = max(best.get(levels[step, i], -np.inf), total)
+    expected = {
+        "max_mc": np.vectorize(lambda level: best.get(level, 0.0))(levels) - values,
+        "positive_value_loss": np.maximum(advantages, 0),
+        "value_l1": np.abs(advantages),
+        "gae": advantages,
+        "one_step_td_error": np.abs(deltas),
+        "policy_entropy": -(p * np.log(p)).sum(-1) / np.log(7),
+        "least_confidence": 1 - p.max(-1),
+        "min_margin": 1 - (np.sort(p)[..., -1] - np.sort(p)[..., -2]),
+    }[score]
+    np.testing.assert_allclose(step_scores, expected, rtol=1e-5, atol=1e-5)
+    # episodes that the rollout cuts off are scored only where their values are bootstrapped, and never by max_mc
+    ended = episodes.complete.all()
+    assert ended == (not bootstrap or score == "max_mc")
+    assert episodes.complete.sum() == dones.sum() and (~episodes.complete).sum() == (~ended) * (~dones[-1]).sum()
+
+
+def test_the_curriculum_equals_a_simulation(corridor, monkeypatch, tmp_path):
+    """One decision per rollout, minimum fill, replay share, draws, scores and eviction, against plain dictionaries."""
+    rollouts, made = corridor
+    update = script.LevelSampler.update
+
+    def noise(levels):  # so that levels of one kind differ
+        return (levels * 2654435761 % 2**32) / 2**32
+
+    def noisy(self, levels, step_scores, dones, **kwargs):
+        return update(self, levels, step_scores + noise(levels), dones, **kwargs)
+
+    monkeypatch.setattr(script.LevelSampler, "update", noisy)
+    flags = f"{CORRIDOR} --total-timesteps {42 * 400} --update-epochs 1 --replay-prob 0.4 --rho 0.75 --temperature 0.7"
+    main(monkeypatch, f"{flags} --staleness-coef 0.3 --run-dir {tmp_path}/run")
+    buffer, drawn, decisions, outcome, clock = {}, {}, [], {"evicted": 0, "rejected": 0}, 0
+
+    def weights():
+        ranked = sorted(buffer, key=lambda level: -buffer[level])
+        by_score = {level: (1 / rank) ** (1 / 0.7) for rank, level in enumerate(ranked, 1)}
+        by_age = {level: clock - drawn[level] for level in buffer}
+        total, ages = sum(by_score.values()), sum(by_age.values())
+        return {x: 0.7 * by_score[x] / total + 0.3 * (by_age[x] / ages if ages else 1 / len(buffer)) for x in buffer}
+
+    for levels, step_scores, dones, _, draws in rollouts:
+        replay = draws[0][0]
+        assert {flag for flag, _ in draws} == {replay}, "one decision for all environments and the whole rollout"
+        if len(buffer) < 6:
+            assert not replay
+        else:
+            decisions.append(replay)
+        starts = np.vstack((np.ones((1, 3), bool), dones))  # after the last step too, though that is never played
+        assert len(draws) == (starts.sum() if replay else 3)
+        drawn_levels = iter(draws)
+        for step, i in np.argwhere(starts):  # the order in which the script asks
+            level = next(drawn_levels)[1] if replay or step == 0 else levels[0, i]  # a new level is played repeatedly
+            assert step == 14 or level == levels[step, i]
+            assert (level in buffer) == replay
+            clock += 1
+            drawn[int(level)] = clock
+        candidates = {}
+        for i in range(3):
+            begin = 0
+            for step in np.flatnonzero(dones[:, i]):  # an episode that the rollout cuts off is not scored
+                score = step_scores[begin : step + 1, i].mean()
+                (buffer if replay else candidates)[int(levels[step, i])] = score
+                begin = step + 1
+        for level, score in candidates.items():
+            if len(buffer) == 8:
+                p = weights()
+                worst = min(buffer, key=lambda x: p[x])
+                if buffer[worst] > score:
+                    outcome["rejected"] += 1
+                    continue
+                del buffer[worst]
+                outcome["evicted"] += 1
+            buffer[level] = score
+    sampler = made[0]
+    assert dict(zip(sampler.levels.tolist(), sampler.scores.tolist())) == pytest.approx(buffer)
+    assert {key: sampler.counts[key] for key in outcome} == outcome and outcome["evicted"] > 10
+    p = weights()
+    np.testing.assert_allclose(sampler.weights(), [p[level] for level in sampler.levels.tolist()], rtol=1e-6)
+    assert abs(np.mean(decisions) - 0.4) < 0.1 and len(decisions) > 350
+    logged = rows(tmp_path / "run/progress.csv")
+    assert [row["replay"] for row in logged[-len(decisions) :]] == decisions
+    assert logged[-1]["seen_share"] == 1 and logged[-1]["evicted"] == outcome["evicted"]
+    for row in logged:
+        assert row["started"] == row["completed"] + row["in_progress"] + row["dropped"]
+
+
+@pytest.mark.parametrize("curriculum", ["robust_plr", "plr", "dr"])
+def test_what_is_learned_from(curriculum, monkeypatch, tmp_path):
+    """Robust PLR leaves everything that learns bit-equal on new levels, and runs the network for acting only."""
+    before, changed, unrolled = [None], [], []
+
+    class Watched(script.Agent):
+        def unroll(self, *args):
+            unrolled[-1] += 1
+            return super().unroll(*args)
+
+    class Spy(script.LevelSampler):
+        def decide_replay(self):
+            unrolled.append(0)
+            return super().decide_replay()
+
+    optimizers, adam = [], torch.optim.Adam
+    monkeypatch.setattr(
+        script.optim, "Adam", lambda *args, **kw: optimizers.append(adam(*args, **kw)) or optimizers[-1]
+    )
+    append_row = script.append_row
+
+    def watch(path, row):
+        append_row(path, row)
+        if path.name == "progress.csv":
+            parameters = optimizers[0].param_groups[0]["params"]
+            state = [parameters, optimizers[0].state_dict()["state"]]
+            now = script.fingerprint([p.detach() for p in state[0]]), script.fingerprint(state[1])
+            changed.append((now[0] != before[0][0], now[1] != before[0][1]) if before[0] else None)
+            before[0] = now
+
+    monkeypatch.setattr(script, "append_row", watch)
+    monkeypatch.setattr(script, "Agent", Watched)
+    monkeypatch.setattr(script, "LevelSampler", Spy)
+    monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
+    main(monkeypatch, f"{TINY} --curriculum {curriculum} --total-timesteps {30 * 96} --run-dir {tmp_path}/run")
+    logged = rows(tmp_path / "run/progress.csv")
+    replays = [bool(row["replay"]) for row in logged]
+    assert any(replays) == (curriculum != "dr") and not all(replays)
+    learned = [replay or curriculum != "robust_plr" for replay in replays]
+    assert changed[1:] == [(learn, learn) for learn in learned[1:]]
+    assert unrolled == [2 * learn for learn in learned]  # 2 epochs of 1 minibatch
+    updates, untrained = np.cumsum([2 * learn for learn in learned]), np.cumsum([96 * (not learn) for learn in learned])
+    assert [row["gradient_updates"] for row in logged] == updates.tolist()
+    assert [row["untrained_steps"] for row in logged] == untrained.tolist()
+    for row, replay, learn in zip(logged, replays, learned):
+        kind, other = ("replayed", "new") if replay else ("new", "replayed")
+        assert row[f"walls_{kind}"] > 0 and np.isnan(row[f"walls_{other}"])
+        assert np.isnan(row["policy_loss"]) != learn
+
+
+def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
+    """2 epochs x 2 minibatches of environments, clipping active, episodes ending inside, the LSTM step by step."""
+    acts, steps, permutations, start = [], [], [], {}
+    randperm = torch.randperm
+
+    class Watched(script.Agent):
+        def __init__(self, *args):
+            super().__init__(*args)
+            start.update(copy.deepcopy(self.state_dict()))
+
+        def act(self, obs, state, weights):
+            out = super().act(obs, state, weights)
+            acts.append((obs["image"].clone(), obs["direction"].clone(), *(x.clone() for x in out[:3])))
+            return out
+
+    class Spied(script.MazeEnvs):
+        def step(self, actions):
+            out = super().step(actions)
+            steps.append([x.clone() for x in out[1:4]])
+            return out
+
+    def recorded(*args, **kwargs):
+        permutations.append(randperm(*args, **kwargs))
+        return permutations[-1]
+
+    monkeypatch.setattr(script, "Agent", Watched)
+    monkeypatch.setattr(script, "MazeEnvs", Spied)
+    monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
+    monkeypatch.setattr(torch, "randperm", recorded)
+    flags = (
+        "--curriculum dr --num-envs 4 --num-steps 120 --total-timesteps 480 --maze-size 5 --num-walls 0 --max-steps 30"
+    )
+    flags += " --num-minibatches 2 --update-epochs 2 --gamma 0.9 --gae-lambda 0.8 --clip-coef 0.002 --ent-coef 0.05"
+    flags += " --vf-coef 0.7 --max-grad-norm 0.3 --learning-rate 0.003"
+    main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
+
+    images, directions, actions, logprobs, values = (torch.stack(x) for x in zip(*acts[:120]))
+    rewards, terminated, truncated = (torch.stack(x).numpy() for x in zip(*steps[:120]))
+    dones = terminated | truncated
+    assert terminated.sum() > 2 and truncated.sum() > 1
+    v = np.vstack((values.numpy(), np.zeros(4)))  # the reference's time limits: nothing after the last step
+    advantages, running = np.zeros((120, 4)), np.zeros(4)
+    for t in reversed(range(120)):
+        running = rewards[t] + 0.9 * v[t + 1] * ~dones[t] - v[t] + 0.9 * 0.8 * ~dones[t] * running
+        advantages[t] = running
+    advantages, returns = torch.tensor(advantages).float(), torch.tensor(advantages + v[:-1]).float()
+
+    monkeypatch.undo()
+    agent = script.Agent(script.MazeEnvs(1, CPU))
+    agent.load_state_dict(start)
+    parameters = dict(agent.named_parameters())
+    m, s = ({k: torch.zeros_like(p) for k, p in parameters.items()} for _ in range(2))
+    step, losses = 0, []
+    for permutation in permutations[:2]:
+        for index in (permutation[:2], permutation[2:]):
+            hidden, state = [], (torch.zeros(2, 256), torch.zeros(2, 256))
+            for t in range(120):
+                if t:
+                    state = tuple(x * torch.tensor(~dones[t - 1][index])[:, None] for x in state)
+                x = agent.features(images[t, index], directions[t, index])
+                w = [parameters[f"lstm.{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+                state = torch.lstm_cell(x, state, *w)
+                hidden.append(state[0])
+            hidden = torch.stack(hidden)
+            log_p = torch.log_softmax(agent.actor(hidden), -1)
+            value = agent.critic(hidden)[..., 0]
+            ratio = (log_p.gather(2, actions[:, index, None])[..., 0] - logprobs[:, index]).exp()
+            a = (advantages[:, index] - advantages[:, index].mean()) / (advantages[:, index].std() + 1e-8)
+            policy_loss = -torch.min(a * ratio, a * torch.clip(ratio, 0.998, 1.002)).mean()
+            clipped = values[:, index] + torch.clip(value - values[:, index], -0.002, 0.002)
+            errors = torch.stack(((value - returns[:, index]) ** 2, (clipped - returns[:, index]) ** 2))
+            value_loss = 0.5 * errors.max(0).values.mean()
+            entropy = -(log_p.exp() * log_p).sum(-1).mean()
+            gradients = torch.autograd.grad(policy_loss - 0.05 * entropy + 0.7 * value_loss, list(parameters.values()))
+            norm = torch.sqrt(sum((g**2).sum() for g in gradients))
+            step += 1
+            with torch.no_grad():
+                for (k, p), g in zip(parameters.items(), gradients):  # clipping and Adam, as in their papers
+                    g = g * min(1.0, 0.3 / (norm + 1e-6))
+                    m[k], s[k] = 0.9 * m[k] + 0.1 * g, 0.999 * s[k] + 0.001 * g**2
+                    p -= 0.003 * m[k] / (1 - 0.9**step) / ((s[k] / (1 - 0.999**step)).sqrt() + 1e-5)
+            clipfrac = ((ratio - 1).abs() > 0.002).float().mean()
+            losses.append([x.item() for x in (value_loss, policy_loss, entropy, clipfrac)])
+    trained = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["agent"]
+    for name, parameter in parameters.items():
+        assert not torch.equal(trained[name], start[name]), f"{name} was not trained"
+        torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=3e-5)
+    logged = rows(tmp_path / "run/progress.csv")[0]
+    expected = np.mean(losses, 0)
+    assert expected[3] > 0.01
+    np.testing.assert_allclose(
+        [logged[c] for c in ("value_loss", "policy_loss", "entropy", "clipfrac")], expected, rtol=2e-3, atol=1e-4
+    )
+
+
+def test_actions_are_drawn_with_the_policys_probabilities(agent):
+    torch.manual_seed(0)
+    agent = copy.deepcopy(agent)
+    obs = {"image": torch.ones((40000, 5, 5, 3), dtype=torch.uint8), "direction": torch.zeros(40000, dtype=torch.int64)}
+    with torch.no_grad():
+        agent.actor[2].bias += torch.linspace(-1, 1, 7)  # far from uniform
+        action, logprob, value, logits, (h, _) = agent.act(obs, (torch.zeros(40000, 256),) * 2, agent.step_weights())
+        again, _, value_again = agent.evaluate_actions(h, action)
+    p = logits[0].exp().numpy()
+    assert p.max() > 2 * p.min() and p.sum() == pytest.approx(1, abs=1e-5)
+    assert abs(np.bincount(action, minlength=7) / 40000 - p).max() < 5 * np.sqrt(0.25 / 40000)
+    torch.testing.assert_close(logprob, again), torch.testing.assert_close(value, value_again)
+
+
+# ---- evaluation ------------------------------------------------------------------------------------------------------
+
+
+def test_evaluation_plays_each_episode_once_to_its_end_and_leaves_the_training_stream_alone(agent, tmp_path):
+    args, before = script.Args(eval_episodes=3), torch.get_rng_state()
+    result = script.evaluate(agent, args, CPU, tmp_path / "video")
+    assert torch.equal(before, torch.get_rng_state())
+    names = [*script.NAMED_MAZES, "PerfectMaze21", "SimpleCrossingS11N5", "FourRooms"]
+    assert list(result["episodes"]) == names and all(len(x) == 3 for x in result["episodes"].values())
+    rates = [result[f"solved_{name}"] for name in names]
+    assert rates == [np.mean([x > 0 for x in result["episodes"][name]]) for name in names]
+    assert result["solved_mean"] == pytest.approx(np.mean(rates))
+    assert result["solved_iqm"] == pytest.approx(np.mean(sorted(rates)[3:9]))
+    assert script.evaluate(agent, args, CPU)["episodes"] == result["episodes"]  # video changes nothing
+    assert {path.stem for path in (tmp_path / "video").iterdir()} == set(names)
+    with Image.open(tmp_path / "video/Labyrinth.gif") as video:
+        assert video.size == (120, 120) and video.n_frames > 20
+
+
+def test_no_episode_is_left_out_and_none_counts_twice():
+    """Levels that end early do not count more: a first-to-finish evaluation would see mostly those."""
+    envs = Corridor(3)
+    returns = script.play(Table(), envs, {"seed": [0, 1, 2]}, {})
+    assert returns.tolist() == [REWARDS[kind, : LENGTHS[kind]].sum() for kind in range(3)]
+    assert len(envs.started) > 3  # the short ones went on, uncounted
+
+
+def test_time_limits_of_the_evaluation():
+    (names, envs, _), *packages = script.evaluation_environments(script.Args(eval_episodes=2), CPU)
+    limits = dict(zip(names, envs.max_steps.reshape(-1, 2)[:, 0].tolist()))
+    assert limits.pop("LargeCorridor") == limits.pop("PerfectMaze21") == 882 and set(limits.values()) == {450}
+    assert [package.env.call("max_steps")[0] for _, package, _ in packages] == [484, 100]
+    assert all(package.single_observation_space["image"].shape == (5, 5, 3) for _, package, _ in packages)
+    assert all(env.unwrapped.see_through_walls for _, package, _ in packages for env in package.env.envs)
+
+
+# ---- whole runs ------------------------------------------------------------------------------------------------------
+
+
+def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_and_hash_seed(finished, tmp_path):
+    more = "--eval-interval 5 --eval-episodes 2 --capture-video --checkpoint-interval 1 --track"
+    (tmp_path / "wandb.py").write_text("def init(**options): print('tracked', options['name'])")
+    again = train(f"{TINY} {more}", tmp_path / "again", PYTHONHASHSEED="4", PYTHONPATH=str(tmp_path))
+    assert "tracked again" in again["stdout"]
+    assert again["fingerprint"] == result_of(finished)["fingerprint"]
+    for a, b in zip(rows(finished / "progress.csv"), rows(tmp_path / "again/progress.csv"), strict=True):
+        for column in a.keys() - {"wall_seconds", "SPS"}:
+            assert a[column] == b[column] or np.isnan([a[column], b[column]]).all(), column
+    assert len(rows(tmp_path / "again/evaluations.csv")) == 2  # after iterations 5 and 10
+    assert len(list((tmp_path / "again/videos").glob("*/*.gif"))) == 2 * 12
+
+
+def test_another_seed_curriculum_or_score_is_another_run(finished, tmp_path, monkeypatch):
+    monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
+    prints = {result_of(finished)["fingerprint"]}
+    changes = ("", "--seed 2", "--curriculum plr", "--curriculum dr", "--score value_l1", "--bootstrap-timeouts")
+    for i, change in enumerate(changes):
+        main(monkeypatch, f"{TINY} {change} --run-dir {tmp_path}/{i}")
+        prints.add(result_of(tmp_path / str(i))["fingerprint"])
+    assert len(prints) == len(changes)  # the first is the same run once more
+
+
+def test_a_run_directory_holds_what_it_should(finished):
+    args, result = json.loads((finished / "args.json").read_text()), result_of(finished)
+    assert args["env_id"] == "maze" and args["curriculum"] == "robust_plr" and args["batch_size"] == 96
+    progress, evaluations = rows(finished / "progress.csv"), rows(finished / "evaluations.csv")
+    assert [row["global_step"] for row in progress] == list(range(96, 961, 96))
+    assert {row["replay"] for row in progress} == {0, 1}
+    assert len(evaluations) == 1 and evaluations[0]["global_step"] == 960
+    assert evaluations[0]["gradient_updates"] == progress[-1]["gradient_updates"] == result["gradient_updates"] > 0
+    for name in (*script.NAMED_MAZES, "PerfectMaze21", "SimpleCrossingS11N5", "FourRooms", "mean", "iqm"):
+        assert evaluations[0][f"solved_{name}"] == pytest.approx(result["evaluation"][f"solved_{name}"], rel=1e-4)
+    assert re.fullmatch("[0-9a-f]{64}", result["fingerprint"]) and result["steps_per_second"] > 0
+    events = EventAccumulator(str(finished)).Reload()
+    tags = events.Tags()
+    assert {"charts/SPS", "charts/gradient_updates", "losses/value_loss", "eval/solved_mean"} <= set(tags["scalars"])
+    expected = {f"{x}_{kind}" for x in ("walls", "shortest_path", "solvable") for kind in ("new", "replayed")}
+    expected |= {
+        "score_q10",
+        "score_q50",
+        "score_q90",
+        "effective_levels",
+        "seen_share",
+        "replay",
+        "evicted",
+        "rejected",
+    }
+    assert {f"curriculum/{name}" for name in expected} <= set(tags["scalars"])
+    assert set(tags["images"]) == {"levels/fresh", "levels/highest_score", "levels/highest_weight"}
+    picture = Image.open(io.BytesIO(events.Images("levels/highest_score")[0].encoded_image_string))
+    assert picture.size == (4 * 7 * 8, 7 * 8)
+    checkpoint = torch.load(finished / "checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] == 960 and checkpoint["iteration"] == 10
+    assert checkpoint["gradient_updates"] == result["gradient_updates"] and not list(finished.glob("*.tmp"))
+    out = (finished / "stdout").read_text()
+    assert "maze, robust_plr, seed 1" in out and (torch.cuda.is_available() or "No CUDA device: training on" in out)
+    assert re.search(r"step 960 \(100\.0%\) \| \d+ updates \| 0h00m left \| [\d,]+ steps/s \| train return", out)
+
+
+def test_evaluate_repeats_the_final_evaluation_and_takes_other_flags(finished):
+    done = run(f"--evaluate {finished}")
+    assert done.returncode == 0, done.stderr
+    (path,) = finished.glob("evaluation_*.json")
+    final = result_of(finished)["evaluation"]
+    assert json.loads(path.read_text())["episodes"] == final["episodes"]
+    assert f"solved_mean: {final['solved_mean']:.3f}" in done.stdout and "1 episodes in each" in done.stdout
+    path.unlink()
+
+
+@pytest.mark.parametrize("env_id", ["MiniGrid-MultiRoom-N2-S4-v0", "MiniGrid-LavaGapS5-v0"])
+def test_a_registered_environment_trains_and_is_evaluated_on_unseen_levels(env_id, monkeypatch, tmp_path):
+    flags = f"--env-id {env_id} --num-envs 4 --num-steps 104 --total-timesteps 2496 --buffer-size 8 --rho 0.25"
+    main(monkeypatch, f"{flags} --eval-episodes 3 --capture-video --run-dir {tmp_path}/run")
+    progress, result = rows(tmp_path / "run/progress.csv"), result_of(tmp_path / "run")
+    assert {row["replay"] for row in progress} == {0, 1} and "walls_new" not in progress[0]
+    assert list(result["evaluation"]["episodes"]) == [env_id]
+    assert len(result["evaluation"]["episodes"][env_id]) == 3 and f"solved_{env_id}" in result["evaluation"]
+    checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
+    levels = checkpoint["sampler"]["arrays"]["levels"]
+    assert levels.max() < script.FIRST_TEST_LEVEL and (levels >= 0).sum() >= 2
+    assert list((tmp_path / "run/videos").glob("*/*.gif"))
+
+
+def test_it_learns(monkeypatch, tmp_path):
+    """Small open mazes: the goal is found by chance at first, and soon on purpose."""
+    monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
+    flags = "--curriculum dr --maze-size 5 --num-walls 1 --max-steps 16 --num-envs 32 --num-steps 32"
+    main(
+        monkeypatch,
+        f"{flags} --learning-rate 0.002 --total-timesteps 30720 --num-minibatches 4 --run-dir {tmp_path}/run",
+    )
+    returns = [row["episodic_return"] for row in rows(tmp_path / "run/progress.csv")]
+    assert np.mean(returns[:3]) < 0.5 and np.mean(returns[-3:]) > 0.7
+
+
+def test_the_readmes_commands_are_valid():
+    commands = re.findall(r"python ppo_robust_plr_minigrid\.py((?: [^\n`|#]*)?)", (ROOT / "README.md").read_text())
+    commands += re.findall(r"python ppo_robust_plr_minigrid\.py([^\n#]*)", script.__doc__)
+    assert len(commands) > 8
+    for flags in commands:
+        if "--help" not in flags:
+            script.check_args(tyro.cli(script.Args, args=flags.split()))
+
+
+# ---- failures --------------------------------------------------------------------------------------------------------
+
+
+class Moody(MiniGridEnv):
+    """Its seed does not decide its level."""
+
+    def __init__(self, **kwargs):
+        super().__init__(MissionSpace(lambda: ""), grid_size=9, max_steps=50, **kwargs)
+
+    def _gen_grid(self, width, height):
+        self.grid = Grid(width, height)
+        self.agent_pos, self.agent_dir, self.mission = tuple(np.random.randint(1, 8, 2)), 0, ""
+
+
+BAD = {
+    "--env-id mase": "--env-id mase is unknown: did you mean maze",
+    "--env-id MiniGrid-MultiRom-N4-S5-v0": "did you mean MiniGrid-MultiRoom-N4-S5-v0",
+    "--env-id xyz": "--env-id xyz is unknown: choose maze or one like MiniGrid-",
+    "--env-id CartPole-v1": "--env-id CartPole-v1 is not a MiniGrid environment",
+    "--env-id Moody-v0": "--env-id Moody-v0 starts differently after two resets with one seed",
+    "--num-walls 168": "--num-walls 168 must be at most 167, the cells of --maze-size 15 but two",
+    "--maze-size 4": "--maze-size 4 must be between 5 and 255",
+    "--num-envs 0": "--num-envs 0 must be at least 1",
+    "--num-minibatches 5": "--num-minibatches 5 must be a divisor of --num-envs 32",
+    "--buffer-size 31": "--buffer-size 31 must be at least --num-envs 32",
+    "--num-steps 249": "--num-steps 249 must be at least 250, the time limit: an episode that is cut off is not scored",
+    "--num-steps 249 --bootstrap-timeouts": "--num-steps 249 must be at least 250, the time limit: max_mc needs whole",
+    "--env-id MiniGrid-LavaCrossingS9N1-v0": "--num-steps 256 must be at least 324, the time limit",
+    "--total-timesteps 8191": "--total-timesteps 8191 must be at least --num-envs x --num-steps = 8192",
+    "--replay-prob 1.5": "--replay-prob 1.5 must be between 0 and 1",
+    "--nu 2": "--nu 2.0 must be between 0 and 1",
+    "--learning-rate 0": "--learning-rate 0.0 must be above 0",
+    "--alpha 0": "--alpha 0.0 must be above 0 and at most 1",
+    "--max-steps 0": "--max-steps 0 must be at least 1",
+    "--seed -1": "--seed -1 must be at least 0",
+    "--score-transform power": "--score-transform power must be another: --score max_mc can be negative",
+    "--run-dir /dev/null/run": "--run-dir /dev/null/run cannot be written: Not a directory",
+    "--evaluate /nonexistent": "--evaluate /nonexistent is not a run that can be loaded",
+    "--track": "--track needs Weights and Biases",
+    "--curriculum uniform": "--curriculum",
+    "--no-such-flag": "--no-such-flag",
+}
+
+
+@pytest.mark.parametrize("flags", BAD)
+def test_bad_input_is_refused_before_anything_is_built(flags, monkeypatch, tmp_path, capsys):
+    built = []
+    monkeypatch.setattr(script, "make_envs", lambda *args: built.append(args))
+    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(gym.registry, "Moody-v0", gym.envs.registration.EnvSpec("Moody-v0", entry_point=Moody))
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, flags)
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and BAD[flags] in message
+    assert message.startswith("error: ") <= (message.count("\n") == 1)  # ours are one line; tyro draws a box
+    assert not built and not list(tmp_path.iterdir())
+
+
+def test_what_is_allowed():
+    for flags in (
+        "--num-steps 128 --curriculum dr",  # nothing is scored
+        "--num-steps 128 --bootstrap-timeouts --score positive_value_loss",  # cut episodes are scored
+        "--score-transform power --score value_l1",
+        "--maze-size 5 --num-walls 7",
+        "--env-id MiniGrid-ObstructedMaze-1Dl-v0 --num-steps 288",
+    ):
+        script.check_args(tyro.cli(script.Args, args=flags.split()))
+    assert tyro.cli(script.Args, args=["--nu", "0.2"]).replay_prob == 0.8
+
+
+def test_bad_input_shows_no_traceback():
+    done = run("--env-id CartPole-v1")
+    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
+    assert done.stderr.startswith("error: --env-id CartPole-v1") and done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("damage", ["truncated", "garbage"])
+def test_evaluating_a_damaged_checkpoint_says_so(damage, finished, tmp_path, monkeypatch, capsys):
+    data = (finished / "checkpoint.pt").read_bytes()
+    (tmp_path / "args.json").write_bytes((finished / "args.json").read_bytes())
+    (tmp_path / "checkpoint.pt").write_bytes(data[: len(data) // 2] if damage == "truncated" else b"not a checkpoint")
+    with pytest.raises(SystemExit) as stop:
+        main(monkeypatch, f"--evaluate {tmp_path}")
+    assert stop.value.code == 2 and "is not a run that can be loaded" in capsys.readouterr().err
