@@ -22,7 +22,7 @@ from matplotlib.ticker import EngFormatter
 
 MAX_BYTES = 400_000  # of progress.csv in a copy
 NAMES = {"dr": "DR", "plr": "PLR", "robust_plr": "Robust PLR"}
-# Solved rate after 250M steps, 25 blocks, 10 seeds, 100 episodes in each maze, mean and standard error (ddof 1): computed
+# Solved rate after 250M steps, 25 blocks, 10 seeds, 100 episodes a maze, mean and standard error (ddof 1), computed
 # from the per-seed results in results/minigrid_ood of github.com/facebookresearch/dcd
 PUBLISHED = {
     "SixteenRooms": ("0.903 ± 0.048", "0.958 ± 0.042", "0.834 ± 0.086"),
