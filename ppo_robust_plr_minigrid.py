@@ -7,12 +7,12 @@
     python ppo_robust_plr_minigrid.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
 Robust PLR: Jiang et al., "Replay-Guided Adversarial Environment Design", 2021 (arXiv 2110.02439), Algorithm 1.
-PLR: Jiang et al. 2021 (arXiv 2010.03934). PPO and the names in this file: CleanRL. Defaults: the released 25-block
-configuration. README.md lists the logged keys and every deviation from the released code.
+PLR: arXiv 2010.03934. PPO and the names in this file: CleanRL. Defaults: the released 25-block configuration. README.md
+lists the logged keys and every deviation from the released code.
 
-Every rollout is either all replay or all new levels and starts fresh episodes. An episode that its time limit or the
-rollout's end cuts off is worth 0 from there on, and not scored in the latter case, as in the reference;
---bootstrap-timeouts takes the value of the state it stopped in, and scores both (max_mc only whole episodes).
+Every rollout is either all replay or all new levels and starts fresh episodes. A time limit and the rollout's end both
+count 0 from there on, as in the reference, and an episode that the rollout cuts off is not scored. --bootstrap-timeouts
+takes the critic's value at both, and scores the cut episode too (not by max_mc, which needs whole ones).
 """
 
 import contextlib
@@ -165,7 +165,7 @@ class Args:
     curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
     """robust_plr learns on replayed levels only, plr also on new ones; dr, domain randomisation, only has new ones"""
     replay_prob: float = 0.5
-    """probability that a rollout replays levels from the buffer (1: always, once it is filled to --rho)"""
+    """probability that a rollout replays levels from the buffer, once that is filled to --rho"""
     buffer_size: int = 4000
     """levels kept for replay"""
     score: Literal[
@@ -180,7 +180,7 @@ class Args:
     staleness_coef: float = 0.3
     """share of replay by staleness (PLR's rho)"""
     replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
-    """replay with the probability of the buffer's fill, --replay-prob at most, or always with --replay-prob"""
+    """replay with the probability of the buffer's fill, at most --replay-prob, or with --replay-prob from --rho on"""
     rho: float = 0.5
     """fill of the buffer before any level is replayed"""
     nu: float | None = None
@@ -230,22 +230,25 @@ def check_args(args: Args) -> None:
 
     require("total_timesteps num_envs num_steps num_minibatches", lambda x: x >= 1, "at least 1")
     require("update_epochs eval_episodes buffer_size max_steps", lambda x: x >= 1, "at least 1")
-    require("seed num_walls checkpoint_interval eval_interval", lambda x: x >= 0, "at least 0")
+    counts = "seed num_walls checkpoint_interval eval_interval"
+    require(counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
     require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
     require("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "at least 0")
     require("gamma gae_lambda nu replay_prob staleness_coef rho", lambda x: 0 <= x <= 1, "between 0 and 1")
     require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
     require("maze_size", lambda x: 5 <= x <= 255, "between 5 and 255")
     require("num_minibatches", lambda x: args.num_envs % x == 0, f"a divisor of --num-envs {args.num_envs}")
-    rollout = f"--num-envs x --num-steps = {args.batch_size}"
-    require("num_minibatches", lambda x: args.batch_size > x, f"less than {rollout}: a minibatch needs two steps")
-    require("total_timesteps", lambda x: x >= args.batch_size, f"at least {rollout}, the steps of one iteration")
+    first, why = args.batch_size, "--num-envs x --num-steps, the steps of one iteration"
+    if args.curriculum == "robust_plr":
+        require("replay_prob", lambda x: x > 0, "above 0: robust_plr learns from replayed levels only")
+        fill = math.ceil(args.rho * args.buffer_size)
+        first *= 1 + math.ceil(fill / args.num_envs)
+        why = f"robust_plr learns nothing before the buffer holds --rho x --buffer-size = {fill} levels"
+    require("total_timesteps", lambda x: x >= first, f"at least {first}: {why}")
+    time_limit = args.max_steps if args.env_id == "maze" else check_environment(args.env_id)
     if args.env_id == "maze":
         most = (args.maze_size - 2) ** 2 - 2
         require("num_walls", lambda x: x <= most, f"at most {most}, the cells of --maze-size {args.maze_size} but two")
-        time_limit = args.max_steps
-    else:
-        time_limit = check_environment(args.env_id)
     if args.curriculum == "dr":
         return
     require("buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
@@ -261,22 +264,23 @@ def check_environment(env_id: str) -> int:
     known = [name for name, spec in gym.registry.items() if "minigrid" in str(spec.entry_point)]
     try:
         env = gym.make(env_id)
-    except gym.error.Error:
+    except gym.error.UnregisteredEnv:
         near = difflib.get_close_matches(env_id, ["maze", *known], n=3, cutoff=0.5)
         hint = f"did you mean {' or '.join(near)}?" if near else f"choose maze or one like {known[0]}."
         refuse(f"--env-id {env_id} is unknown: {hint}")
     except Exception as error:
-        refuse(f"--env-id {env_id} cannot be made: {str(error).splitlines()[0]}")
+        refuse(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
     if not isinstance(env.unwrapped, MiniGridEnv):
         refuse(f"--env-id {env_id} is not a MiniGrid environment: choose maze or one like {known[0]}.")
-    starts = []
-    for _ in range(2):
-        direction = env.reset(seed=1)[0]["direction"]
-        starts.append((env.unwrapped.grid.encode().tobytes(), direction, tuple(env.unwrapped.agent_pos)))
-        env.reset(seed=2)
-    if starts[0] != starts[1]:
-        refuse(f"--env-id {env_id} starts differently after two resets with one seed: its seed must decide the level.")
-    return env.unwrapped.max_steps
+    starts, time_limit = {}, 0
+    for level in (*range(10), *range(10)):
+        direction = env.reset(seed=level)[0]["direction"]
+        start = (env.unwrapped.grid.encode().tobytes(), direction, tuple(env.unwrapped.agent_pos))
+        if starts.setdefault(level, start) != start:
+            refuse(f"--env-id {env_id} starts differently after two resets with one seed: that must decide the level.")
+        time_limit = max(time_limit, env.unwrapped.max_steps)  # some depend on the level
+    env.close()
+    return time_limit
 
 
 # ---- levels and environments ----------------------------------------------------------------------------------------
@@ -362,8 +366,8 @@ def perfect_maze(size: int, seed: int) -> Mazes:
 def join_mazes(mazes: list[Mazes]) -> Mazes:
     """One batch of all. Smaller ones get walls around them, which nobody in the maze can tell from what is outside."""
     side = max(max(maze.walls.shape[1:]) for maze in mazes)
-    walls = [np.pad(walls, [(0, 0), *((0, side - n) for n in walls.shape[1:])], constant_values=True)
-             for walls, *_ in mazes]  # fmt: skip
+    pads = [[(0, 0), *((0, side - n) for n in maze.walls.shape[1:])] for maze in mazes]
+    walls = [np.pad(maze.walls, pad, constant_values=True) for maze, pad in zip(mazes, pads)]
     return Mazes(np.concatenate(walls), *map(np.concatenate, list(zip(*mazes))[1:]))
 
 
@@ -376,9 +380,7 @@ def shortest_paths(mazes: Mazes) -> np.ndarray:
     steps = np.full(len(rows), -1)
     for distance in itertools.count():
         steps[(steps < 0) & reached[rows, mazes.goal[:, 0] + 1, mazes.goal[:, 1] + 1]] = distance
-        around = (
-            np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)
-        )  # what wraps around is not free
+        around = [np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)]  # the borders are not free
         grown = free & np.logical_or.reduce([reached, *around])
         if (grown == reached).all():
             return steps
@@ -400,7 +402,7 @@ def maze_step(
     what = torch.add(actions, direction, alpha=7)
     direction = turned.take(what)
     wanted = position + moved.take(what)
-    found = cells.take(wanted)  # an agent that does not move finds what it stands on, which is empty
+    found = cells.take(wanted)  # who does not move finds what he stands on: until the end, nothing
     position = torch.where(found == WALL, position, wanted)
     terminated = found == GOAL
     steps = steps + 1
@@ -416,15 +418,14 @@ class MazeEnvs(gym.vector.VectorEnv):
         obs, infos = envs.reset(options={"mazes": mazes})                    # or these mazes
         obs, rewards, terminations, truncations, infos = envs.step(actions)
 
-    obs: "image" (N, 5, 5, 3) uint8 and "direction" (N,) int64, equal to those of a MiniGridEnv with agent_view_size=5
-    and see_through_walls=True. actions (N,) int64, rewards (N,) float32, the flags (N,) bool.
+    Equal to MiniGridEnvs with agent_view_size=5 and see_through_walls=True. actions (N,) int64, rewards (N,) float32.
     """
 
     def __init__(
         self, num_envs: int, device: torch.device, size: int = 15, max_steps: int = 250, num_walls: int = 25,
         vary_num_walls: bool = False, compile: bool = False,
     ):  # fmt: skip
-        self.num_envs, self.device, self.max_steps = num_envs, device, max_steps
+        self.num_envs, self.device, self.max_steps, self.sides = num_envs, device, max_steps, [size] * num_envs
         image = gym.spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict({"direction": gym.spaces.Discrete(4), "image": image})
         self.single_action_space = gym.spaces.Discrete(7)
@@ -468,8 +469,11 @@ class MazeEnvs(gym.vector.VectorEnv):
         if "mazes" in options:
             start = self.encode(Mazes(*(part[rows] for part in options["mazes"])))
         else:
-            seed = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
-            levels = (np.arange(seed, seed + self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed))[rows].tolist()
+            if np.ndim(seed) == 0:
+                super().reset(seed=seed)
+                first = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
+                seed = np.arange(first, first + self.num_envs)
+            levels = np.asarray(seed)[rows].tolist()
             new = [level for level in dict.fromkeys(levels) if level not in self.known]
             if len(self.known) + len(new) > len(self.starts[0]):
                 self.known, new = {}, list(dict.fromkeys(levels))
@@ -478,7 +482,7 @@ class MazeEnvs(gym.vector.VectorEnv):
                 for kept, made in zip(self.starts, self.encode(self.generate(np.array(new)))):
                     kept[first : first + len(new)] = made
                 self.known |= {level: first + k for k, level in enumerate(new)}
-            which = torch.tensor([self.known[level] for level in levels], device=self.device)
+            which = torch.tensor([self.known[level] for level in levels], dtype=torch.int64, device=self.device)
             start = [kept.index_select(0, which) for kept in self.starts]
         rows = torch.from_numpy(rows).to(self.device)
         self.cells[rows], self.position[rows], self.steps[rows] = start[0], start[1] + rows * self.width**2, 0
@@ -488,23 +492,20 @@ class MazeEnvs(gym.vector.VectorEnv):
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
         state = (self.cells, self.position, self.direction, self.steps, self.max_steps, *self.tables)
-        image, self.position, self.direction, self.steps, reward, terminated, truncated = self.maze_step(
-            torch.as_tensor(actions, device=self.device), *state
-        )
-        return {"image": image, "direction": self.direction}, reward, terminated, truncated, {}
+        state = self.maze_step(torch.as_tensor(actions, device=self.device), *state)
+        image, self.position, self.direction, self.steps, *results = state
+        return {"image": image, "direction": self.direction}, *results, {}
 
     def frame(self, i: int = 0) -> np.ndarray:
-        """(H, W, 3) uint8: environment i as the package draws it, without the walls around its border."""
-        cells = self.cells[i].view(self.width, self.width).cpu().numpy()
-        rows, columns = (np.flatnonzero((cells != WALL).any(axis)) for axis in (1, 0))
-        top, left = rows[0] - 1, columns[0] - 1
-        cells = cells[top : rows[-1] + 2, left : columns[-1] + 2]
+        """(H, W, 3) uint8: environment i as the package draws it."""
+        edge, side = VIEW - 2, self.sides[i]  # walls beyond the border, cells along the maze
+        cells = self.cells[i].view(self.width, -1)[edge : edge + side, edge : edge + side].cpu().numpy()
         what = (cells == WALL) + 2 * (cells == GOAL)
         tiles = np.stack([Grid.render_tile(thing, tile_size=8) for thing in (None, Wall(), Goal())]).astype(np.uint8)
         picture = tiles[what]  # (rows, columns, 8, 8, 3)
         row, column = divmod(int(self.position[i]) % self.width**2, self.width)
-        under = Goal() if what[row - top, column - left] == 2 else None
-        picture[row - top, column - left] = Grid.render_tile(under, int(self.direction[i]), tile_size=8)
+        under = Goal() if what[row - edge, column - edge] == 2 else None
+        picture[row - edge, column - edge] = Grid.render_tile(under, int(self.direction[i]), tile_size=8)
         return np.concatenate(np.concatenate(picture, axis=1), axis=1)
 
 
@@ -567,9 +568,8 @@ def head(size: int, std: float) -> nn.Sequential:
 def episode_segments(starts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     """Cuts a rollout where episodes begin, so that the LSTM can run over whole episodes instead of step by step.
 
-    starts: (T, N) bool, obs[t] begins an episode. Step t of environment n has the number t * N + n.
-    Returns batches of segments of similar length, each (length, segments) int64 step numbers, shorter segments padded
-    with their last step; and (T * N,) int64, where each step is among the concatenated, flattened batches.
+    starts: (T, N) bool, obs[t] begins an episode. Returns batches of segments of similar length, (length, segments)
+    int64 numbers t * N + n of steps, the last one repeated as padding; and where each step is in them, (T * N,) int64.
     """
     T, N = starts.shape
     begins = starts.T.copy()  # (N, T): one environment after another
@@ -607,10 +607,7 @@ class Agent(nn.Module):
         return torch.cat((torch.relu(x).flatten(1), self.direction(direction)), dim=1)
 
     def step_weights(self) -> list[Tensor]:
-        """The weights as `step` needs them: the same numbers, laid out once per rollout for small batches.
-
-        The convolution becomes a matrix (75, 144) and its bias, the LSTM's weights (149 + 256, 1024) and bias.
-        """
+        """For `step`, once per rollout: the convolution as a (75, 144) matrix, its bias; the LSTM's weight and bias."""
         with torch.no_grad():
             (h, w), c = self.view, self.conv.in_channels
             pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)
@@ -630,7 +627,7 @@ class Agent(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return h, (h, c)
 
-    def act(self, obs: Obs, state: tuple, weights: list[Tensor]) -> tuple[Any, ...]:
+    def act(self, obs: Obs, state: State, weights: list[Tensor]) -> tuple[Any, ...]:
         """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state."""
         hidden, state = self.step(obs, state, weights)
         logits = self.actor(hidden).log_softmax(-1)
@@ -639,8 +636,7 @@ class Agent(nn.Module):
         return action, logits.gather(-1, action[:, None]).squeeze(-1), self.get_value(hidden), logits, state
 
     def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> Tensor:
-        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N) and (T, N) bool as `episode_segments` takes it
-        -> the LSTM's outputs (T * N, 256) float32, the same as from `step` with a fresh state where starts."""
+        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> what `step` gives at each step (T * N, 256)."""
         batches, where = episode_segments(starts)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
             x = self.features(image.flatten(0, 1), direction.flatten())
@@ -685,13 +681,18 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films:
     obs, _ = envs.reset(**reset)
     state = tuple(torch.zeros((envs.num_envs, 256), device=obs["direction"].device) for _ in range(2))
     playing, returns, weights = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), agent.step_weights()
+
+    def shoot(which: np.ndarray) -> None:
+        for i in filter(which.__getitem__, films):
+            films[i].append(Image.fromarray(envs.frame(i)))
+
     while playing.any():
-        for i, film in films.items():
-            film += [Image.fromarray(envs.frame(i))] if playing[i] else []
+        shoot(playing)
         action, _, _, _, state = agent.act(obs, state, weights)
         obs, reward, terminations, truncations, _ = envs.step(action)
         returns += reward.cpu().numpy() * playing
         done = (terminations | truncations).cpu().numpy()
+        shoot(playing & done)
         playing &= ~done
         if done.any():
             obs, _ = envs.reset(**reset | {"options": reset.get("options", {}) | {"reset_mask": done}})
@@ -701,8 +702,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films:
 def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[list[str], gym.vector.VectorEnv, dict]]:
     """Names, environments (for each name equally many) and their reset, to levels that are the same for every run.
 
-    For mazes the named and perfect ones, time limit 2 * size ** 2, and two of the package's, seen as the training mazes
-    are; for any other environment its own levels that are never trained on.
+    Mazes: named and perfect ones, time limit 2 * size ** 2, two of the package's. Others: own levels never trained on.
     """
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
@@ -711,9 +711,10 @@ def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[
         return
     mazes = [named_maze(name, episode) for name in NAMED_MAZES for episode in range(n)]
     mazes += [perfect_maze(21, episode) for episode in range(n)]
-    limits = torch.tensor([2 * (maze.walls.shape[1] + 2) ** 2 for maze in mazes], device=device)
-    reset = {"options": {"mazes": join_mazes(mazes)}}
-    yield [*NAMED_MAZES, "PerfectMaze21"], MazeEnvs(len(mazes), device, 21, limits), reset
+    sides = [maze.walls.shape[1] + 2 for maze in mazes]
+    envs = MazeEnvs(len(mazes), device, max(sides), max_steps=2 * torch.tensor(sides, device=device) ** 2)
+    envs.sides = sides
+    yield [*NAMED_MAZES, "PerfectMaze21"], envs, {"options": {"mazes": join_mazes(mazes)}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
         yield [name], make_minigrid(f"MiniGrid-{name}-v0", n, device, see_like_mazes=True), levels
 
@@ -721,8 +722,7 @@ def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
     """Plays exactly eval_episodes episodes in each evaluation environment, with a random stream of its own.
 
-    video: a folder for a GIF of the first episode in each. Solved means a return above 0. The IQM is over environments:
-    their mean without the lowest and the highest quarter.
+    video: folder for GIFs of first episodes. Solved: a return above 0. IQM: the mean of the environments' middle half.
     """
     returns: dict[str, np.ndarray] = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
@@ -733,7 +733,8 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
             envs.close()
             for name, film in zip(names, films.values()):
                 video.mkdir(parents=True, exist_ok=True)
-                film[0].save(video / f"{name}.gif", save_all=True, append_images=film[2::2], duration=100, loop=0)
+                shown = [*film[2:-1:2], film[-1]]  # every second step, and the last
+                film[0].save(video / f"{name}.gif", save_all=True, append_images=shown, duration=100, loop=0)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates, quarter = np.sort(list(solved.values())), len(solved) // 4
     result = {"solved_mean": float(rates.mean()), "solved_iqm": float(rates[quarter : len(rates) - quarter].mean())}
@@ -746,8 +747,7 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
 def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[str, np.ndarray]:
     """(H, W, 3) uint8 of four levels each: the highest scores, the likeliest to be replayed, and freshly drawn ones."""
     levels = {"fresh": np.random.default_rng([args.seed, 3, iteration]).integers(FIRST_TEST_LEVEL, size=4)}
-    best = min(4, sampler.num_seen)
-    if best:
+    if best := min(4, sampler.num_seen):
         levels["highest_score"] = sampler.levels[np.argsort(np.where(sampler.seen, -sampler.scores, np.inf))[:best]]
         levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
     envs, pictures = make_envs(args, 1, torch.device("cpu")), {}
@@ -821,6 +821,8 @@ def make_run_dir(args: Args) -> Path:
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    if args.torch_deterministic:  # for cuDNN's LSTM, before CUDA starts
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # cuDNN would use TF32 by default: fp32 means fp32 here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     if args.cuda and torch.cuda.is_available():
@@ -896,9 +898,9 @@ def main() -> None:
     dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
 
-    global_step = gradient_updates = untrained_steps = 0
-    window_returns, window_seconds, window_steps = [], 0.0, 0  # since the last printed line
+    global_step, totals = 0, {"gradient_updates": 0, "untrained_steps": 0}
     start_time, train_seconds, evaluation = time.time(), 0.0, None  # train_seconds: without evaluation and checkpoints
+    shown_at, recent = (0, 0.0), []  # at the last printed line: steps, train_seconds; returns since
 
     def run_state() -> dict[str, Any]:
         """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
@@ -907,8 +909,7 @@ def main() -> None:
         return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
     why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
-    print(f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}", flush=True)
-    print(f"{why}training on {device_name}. How long it will take:", flush=True)
+    print(f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True)
 
     for iteration in range(1, args.num_iterations + 1):
         iteration_start = time.time()
@@ -919,8 +920,7 @@ def main() -> None:
         # Algorithm 1: sample the replay decision d, one for all environments
         replay = sampler.decide_replay()
         # d = 0: a new level from the generator for each environment. d = 1: a level each from the buffer, by P_replay
-        next_done = np.ones(N, bool)
-        sampler.drop(next_done)  # the episodes that the last rollout cut off
+        sampler.drop(next_done := np.ones(N, bool))  # the episodes that the last rollout cut off
         next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
         next_obs, _ = envs.reset(seed=next_levels.tolist())
         # collect the trajectories
@@ -936,15 +936,13 @@ def main() -> None:
             with torch.no_grad():
                 action, logprobs[step], values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights)
             actions[step] = action
-
             next_obs, reward, terminations, truncations, _ = envs.step(action)
             rewards[step] = reward
             done = terminations | truncations
-            reward, next_done = torch.stack((reward, done.float())).cpu().numpy()  # one transfer per step
-            next_done = next_done > 0
-            episode_return += reward
+            transfer = torch.stack((reward, done.float())).cpu().numpy()  # one per step
+            next_done = transfer[1] > 0
+            episode_return += transfer[0]
             episode_length += 1
-
             if next_done.any():
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
                     with torch.no_grad():
@@ -953,7 +951,7 @@ def main() -> None:
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
                 episode_return[next_done] = episode_length[next_done] = 0
-                # d = 0: the same level again. d = 1: another one from the buffer
+                # d = 0: the same level again. d = 1: another one from the buffer (after the last step too, as in dcd)
                 next_levels = sampler.next_levels(next_done, replay, None if replay else next_levels)
                 next_obs, _ = envs.reset(seed=next_levels.tolist(), options={"reset_mask": next_done})
                 keep = torch.from_numpy(~next_done).to(device)[:, None]
@@ -968,13 +966,12 @@ def main() -> None:
                 next_value = agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0])
             next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
             deltas = rewards + args.gamma * next_values - values
-            advantages = torch.zeros_like(rewards)
-            lastgaelam = torch.zeros_like(next_value)
+            advantages, lastgaelam = torch.zeros_like(rewards), 0.0
             for t in reversed(range(args.num_steps)):
                 advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
             returns = advantages + values
 
-        # ==== level scores (Algorithm 1: the score S, and the buffer's update with it) ====
+        # ==== level scores (Algorithm 1: the score S and the buffer's update, neither of which needs the policy's) ====
         # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
         if args.score == "max_mc":  # regret, estimated with the best return so far on the level
             played, inverse = np.unique(levels, return_inverse=True)
@@ -1016,12 +1013,10 @@ def main() -> None:
                 pg_loss2 = -b_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = torch.max(pg_loss1, pg_loss2).mean()
                 v_change = (newvalue - b_values).clamp(-args.clip_coef, args.clip_coef)
-                v_loss_unclipped = (newvalue - b_returns) ** 2
                 v_loss_clipped = (b_values + v_change - b_returns) ** 2
-                v_loss = 0.5 * torch.max(v_loss_unclipped, v_loss_clipped).mean()
+                v_loss = 0.5 * torch.max((newvalue - b_returns) ** 2, v_loss_clipped).mean()
                 entropy_loss = entropy.mean()
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-
                 optimizer.zero_grad()
                 loss.backward()
                 nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
@@ -1033,11 +1028,12 @@ def main() -> None:
                     updates += 1
             if args.target_kl is not None and approx_kl > args.target_kl:
                 break
-        gradient_updates += updates
-        untrained_steps += 0 if learn else args.batch_size
+        totals["gradient_updates"] += updates
+        totals["untrained_steps"] += 0 if learn else args.batch_size
 
         # ==== log ====
-        losses = (losses / updates if updates else losses * math.nan).tolist()  # the clock stops after the work is done
+        losses = (losses / updates if updates else losses * math.nan).tolist()  # waits for the device
+        curriculum = sampler.metrics() | level_metrics(args, sampler, levels, replay)
         seconds = time.time() - iteration_start
         train_seconds += seconds
         names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
@@ -1049,13 +1045,11 @@ def main() -> None:
             "charts/episodes": len(finished),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / seconds,
-            "charts/gradient_updates": gradient_updates,
-            "charts/untrained_steps": untrained_steps,
+            **{f"charts/{name}": value for name, value in totals.items()},
             **{f"losses/{name}": value for name, value in zip(names, losses)},
             "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
             "curriculum/replay": int(replay),
-            **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
-            **{f"curriculum/{name}": value for name, value in level_metrics(args, sampler, levels, replay).items()},
+            **{f"curriculum/{name}": value for name, value in curriculum.items()},
         }
         for key, value in row.items():
             if not math.isnan(value):
@@ -1072,30 +1066,28 @@ def main() -> None:
             scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
             for key, value in scalars.items():
                 writer.add_scalar(f"eval/{key}", value, global_step)
-            append_row(run_dir / "evaluations.csv", when | {"gradient_updates": gradient_updates} | scalars)
+            append_row(run_dir / "evaluations.csv", when | totals | scalars)
             for name, picture in level_pictures(args, sampler, iteration).items():
                 writer.add_image(f"levels/{name}", picture, global_step, dataformats="HWC")
 
         # ==== checkpoint ====
         if last or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
-            state = run_state() | {"args": asdict(args), "iteration": iteration, "global_step": global_step}
-            state |= {"gradient_updates": gradient_updates, "untrained_steps": untrained_steps}
+            state = run_state() | {"args": asdict(args), "iteration": iteration, "global_step": global_step} | totals
             torch.save(plain(state), data := io.BytesIO())
             write_file(run_dir / "checkpoint.pt", data.getvalue())
 
-        window_returns += [x for x, _ in finished]
-        window_seconds, window_steps = window_seconds + seconds, window_steps + args.batch_size
-        if last or iteration == 1 or window_seconds > 10:
-            left = (time.time() - start_time) / iteration * (args.num_iterations - iteration)
-            line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {gradient_updates:,} updates | "
-            line += f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left | {window_steps / window_seconds:,.0f} steps/s"
-            line += f" | train return {np.mean(window_returns or [math.nan]):.2f}"
+        recent += [x for x, _ in finished]
+        if last or iteration == 1 or train_seconds - shown_at[1] > 10:
+            left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
+            pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
+            line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
+            line += f" | {pace:,.0f} steps/s | {totals['gradient_updates']:,} updates"
+            line += f" | train return {np.mean(recent or math.nan):.2f}"
             print(line + (f" | evaluation: solved {evaluation['solved_mean']:.2f}" if evaluation else ""), flush=True)
-            window_returns, window_seconds, window_steps = [], 0.0, 0
+            shown_at, recent = (global_step, train_seconds), []
 
     result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
-    result |= {"gradient_updates": gradient_updates, "untrained_steps": untrained_steps}
-    result |= {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
+    result |= totals | {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
     result |= {"device": device_name, "torch": torch.__version__, "fingerprint": fingerprint(run_state())}
     result["evaluation"] = evaluation
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
