@@ -396,13 +396,13 @@ def maze_view(cells: Tensor, position: Tensor, direction: Tensor, view: Tensor) 
 
 def maze_step(
     actions: Tensor, cells: Tensor, position: Tensor, direction: Tensor, steps: Tensor,
-    max_steps: int, turned: Tensor, moved: Tensor, view: Tensor,
+    max_steps: int | Tensor, turned: Tensor, moved: Tensor, view: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A step of N mazes, see MazeEnvs: as a function of tensors, which torch.compile can take whole."""
     what = torch.add(actions, direction, alpha=7)
     direction = turned.take(what)
     wanted = position + moved.take(what)
-    found = cells.take(wanted)  # who does not move finds what he stands on: until the end, nothing
+    found = cells.take(wanted)  # an agent that stays finds its own cell: empty, until it reached the goal
     position = torch.where(found == WALL, position, wanted)
     terminated = found == GOAL
     steps = steps + 1
@@ -422,8 +422,8 @@ class MazeEnvs(gym.vector.VectorEnv):
     """
 
     def __init__(
-        self, num_envs: int, device: torch.device, size: int = 15, max_steps: int = 250, num_walls: int = 25,
-        vary_num_walls: bool = False, compile: bool = False,
+        self, num_envs: int, device: torch.device, size: int = 15, max_steps: int | Tensor = 250,
+        num_walls: int = 25, vary_num_walls: bool = False, compile: bool = False,
     ):  # fmt: skip
         self.num_envs, self.device, self.max_steps, self.sides = num_envs, device, max_steps, [size] * num_envs
         image = gym.spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
