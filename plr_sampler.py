@@ -301,7 +301,7 @@ class LevelSampler:
         drawn_at, best_return = self._staged.pop(level)
         slot = self.num_seen
         if slot == len(self.levels):
-            slot = int(self.weights().argmin())
+            slot = self._lowest = int(self.weights().argmin()) if self._lowest is None else self._lowest
             if self.scores[slot] > score:
                 self.counts["rejected"] += 1
                 return
@@ -354,7 +354,7 @@ class LevelSampler:
 
     def _index_seen(self) -> None:
         self._seen_slots, self._unseen = np.flatnonzero(self.seen), np.flatnonzero(~self.seen)
-        self.num_seen, self._score_cdf = len(self._seen_slots), None
+        self.num_seen, self._score_cdf, self._lowest = len(self._seen_slots), None, None  # computed when needed
         self._oldest = int(self._drawn_at[self._seen_slots].min(initial=self._clock))  # a lower bound, also after draws
 
     def metrics(self) -> dict[str, float]:
