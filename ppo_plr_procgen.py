@@ -199,9 +199,9 @@ def check_args(args: Args) -> None:
 
     sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs eval_episodes"
     require(sizes, lambda x: x >= 1, "at least 1")
-    require("seed num_levels start_level env_threads checkpoint_interval eval_interval", lambda x: x >= 0, "at least 0")
+    counts = "seed num_levels start_level env_threads checkpoint_interval eval_interval ent_coef vf_coef"
+    require(counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
     require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
-    require("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "at least 0")
     require("gamma gae_lambda reward_norm_gamma staleness_coef rho nu", lambda x: 0 <= x <= 1, "between 0 and 1")
     require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
     rollout = f"--num-envs x --num-steps = {args.batch_size}"

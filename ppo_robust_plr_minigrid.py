@@ -230,10 +230,9 @@ def check_args(args: Args) -> None:
 
     require("total_timesteps num_envs num_steps num_minibatches", lambda x: x >= 1, "at least 1")
     require("update_epochs eval_episodes buffer_size max_steps", lambda x: x >= 1, "at least 1")
-    counts = "seed num_walls checkpoint_interval eval_interval"
+    counts = "seed num_walls checkpoint_interval eval_interval ent_coef vf_coef"
     require(counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
     require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
-    require("ent_coef vf_coef", lambda x: 0 <= x < math.inf, "at least 0")
     require("gamma gae_lambda nu replay_prob staleness_coef rho", lambda x: 0 <= x <= 1, "between 0 and 1")
     require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
     require("maze_size", lambda x: 5 <= x <= 255, "between 5 and 255")

@@ -560,6 +560,8 @@ BAD = {
     "--ent-coef -1": "--ent-coef -1.0 must be at least 0",
     "--checkpoint-interval -1": "--checkpoint-interval -1 must be at least 0",
     "--seed -1": "--seed -1 must be at least 0",
+    "--seed 99999999999999999999": "must be at least 0 and below 2**63",
+    "--vf-coef inf": "--vf-coef inf must be at least 0 and below 2**63",
     "--num-levels 0": "--curriculum plr must be uniform or sequential with --num-levels 0",
     "--num-levels 0 --curriculum uniform --start-level 5": "--start-level 5 must be 0 with --num-levels 0",
     "--start-level 1073741824": "--start-level 1073741824 must be at most 1073741624",
