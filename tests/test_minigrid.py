@@ -1,20 +1,18 @@
 """ppo_robust_plr_minigrid.py: mazes against the minigrid package, the network, the algorithm, whole runs, failures."""
 
 import copy
-import csv
+import functools
 import hashlib
 import io
 import json
-import os
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import support
 import torch
 import torch.nn as nn
 import tyro
@@ -23,50 +21,19 @@ from minigrid.core.mission import MissionSpace
 from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
+from support import PlainPPO, gae_as_a_sum, gae_backwards, result_of, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_robust_plr_minigrid as script
 
-ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-TINY = "--num-envs 4 --num-steps 24 --update-epochs 2 --maze-size 7 --num-walls 6 --max-steps 20 --buffer-size 12"
-TINY += " --rho 0.3 --total-timesteps 960 --eval-episodes 1"
+TINY = support.TINY[script.__name__]
+run, train, main = (functools.partial(function, script) for function in (support.run, support.train, support.main))
 
 
-def run(flags: str, **env: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "ppo_robust_plr_minigrid.py", *flags.split()]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-
-
-def train(flags: str, run_dir: Path, **env: str) -> dict:
-    done = run(f"{flags} --run-dir {run_dir}", **env)
-    assert done.returncode == 0, done.stderr
-    return result_of(run_dir) | {"stdout": done.stdout, "stderr": done.stderr}
-
-
-def main(monkeypatch, flags: str) -> None:
-    """The script in this process, so that a test can watch it."""
-    torch.set_num_threads(1)
-    monkeypatch.setattr(sys, "argv", ["ppo_robust_plr_minigrid.py", *flags.split()])
-    script.main()
-
-
-def rows(path: Path) -> list[dict[str, float]]:
-    with open(path) as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-def result_of(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text())
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = train(TINY, run_dir)
-    (run_dir / "stdout").write_text(result["stdout"])
-    return run_dir
+@pytest.fixture
+def finished(finished_run) -> Path:
+    return finished_run(script)
 
 
 # ---- mazes against the package --------------------------------------------------------------------------------------
@@ -457,7 +424,7 @@ def by_hand(levels, dones, gamma, lam, bootstrap):
         t_of[step] = t
         t = np.where(dones[step], 0, t + 1)
     kind = levels % 3
-    values, deltas, advantages = VALUES[kind, t_of], np.zeros((T, N)), np.zeros((T, N))
+    values, deltas = VALUES[kind, t_of], np.zeros((T, N))
     for i in range(N):
         for step in range(T):
             after = VALUES[kind[step, i], t_of[step, i] + 1]  # of the state that the step leads to, reset or not
@@ -465,12 +432,7 @@ def by_hand(levels, dones, gamma, lam, bootstrap):
             if dones[step, i] or step == T - 1:
                 after = after if cut and bootstrap else 0.0
             deltas[step, i] = REWARDS[kind[step, i], t_of[step, i]] + gamma * after - values[step, i]
-        for step in range(T):  # GAE as the sum it stands for: of discounted deltas up to the episode's end
-            for k in range(step, T):
-                advantages[step, i] += (gamma * lam) ** (k - step) * deltas[k, i]
-                if dones[k, i]:
-                    break
-    return t_of, values, deltas, advantages
+    return t_of, values, deltas, gae_as_a_sum(deltas, dones, gamma * lam)
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
@@ -701,18 +663,14 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     dones = terminated | truncated
     assert terminated.sum() > 2 and truncated.sum() > 1
     v = np.vstack((values.numpy(), np.zeros(4)))  # the reference's time limits: nothing after the last step
-    advantages, running = np.zeros((120, 4)), np.zeros(4)
-    for t in reversed(range(120)):
-        running = rewards[t] + 0.9 * v[t + 1] * ~dones[t] - v[t] + 0.9 * 0.8 * ~dones[t] * running
-        advantages[t] = running
+    advantages = gae_backwards(rewards, v, dones, 0.9, 0.8)
     advantages, returns = torch.tensor(advantages).float(), torch.tensor(advantages + v[:-1]).float()
 
     monkeypatch.undo()
     agent = script.Agent(script.MazeEnvs(1, CPU))
     agent.load_state_dict(start)
     parameters = dict(agent.named_parameters())
-    m, s = ({k: torch.zeros_like(p) for k, p in parameters.items()} for _ in range(2))
-    step, losses = 0, []
+    plain = PlainPPO(parameters.values(), 0.003, clip=0.002, ent_coef=0.05, vf_coef=0.7, max_norm=0.3)
     for permutation in permutations[:2]:
         for index in (permutation[:2], permutation[2:]):
             hidden, state = [], (torch.zeros(2, 256), torch.zeros(2, 256))
@@ -724,31 +682,15 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
                 state = torch.lstm_cell(x, state, *w)
                 hidden.append(state[0])
             hidden = torch.stack(hidden)
-            log_p = torch.log_softmax(agent.actor(hidden), -1)
-            value = agent.critic(hidden)[..., 0]
-            ratio = (log_p.gather(2, actions[:, index, None])[..., 0] - logprobs[:, index]).exp()
-            a = (advantages[:, index] - advantages[:, index].mean()) / (advantages[:, index].std() + 1e-8)
-            policy_loss = -torch.min(a * ratio, a * torch.clip(ratio, 0.998, 1.002)).mean()
-            clipped = values[:, index] + torch.clip(value - values[:, index], -0.002, 0.002)
-            errors = torch.stack(((value - returns[:, index]) ** 2, (clipped - returns[:, index]) ** 2))
-            value_loss = 0.5 * errors.max(0).values.mean()
-            entropy = -(log_p.exp() * log_p).sum(-1).mean()
-            gradients = torch.autograd.grad(policy_loss - 0.05 * entropy + 0.7 * value_loss, list(parameters.values()))
-            norm = torch.sqrt(sum((g**2).sum() for g in gradients))
-            step += 1
-            with torch.no_grad():
-                for (k, p), g in zip(parameters.items(), gradients):  # clipping and Adam, as in their papers
-                    g = g * min(1.0, 0.3 / (norm + 1e-6))
-                    m[k], s[k] = 0.9 * m[k] + 0.1 * g, 0.999 * s[k] + 0.001 * g**2
-                    p -= 0.003 * m[k] / (1 - 0.9**step) / ((s[k] / (1 - 0.999**step)).sqrt() + 1e-5)
-            clipfrac = ((ratio - 1).abs() > 0.002).float().mean()
-            losses.append([x.item() for x in (value_loss, policy_loss, entropy, clipfrac)])
+            log_p, value = torch.log_softmax(agent.actor(hidden), -1), agent.critic(hidden)[..., 0]
+            old = actions[:, index], logprobs[:, index], values[:, index]
+            plain.step(log_p, value, *old, advantages[:, index], returns[:, index])
     trained = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["agent"]
     for name, parameter in parameters.items():
         assert not torch.equal(trained[name], start[name]), f"{name} was not trained"
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=3e-5)
     logged = rows(tmp_path / "run/progress.csv")[0]
-    expected = np.mean(losses, 0)
+    expected = np.mean(plain.losses, 0)
     assert expected[3] > 0.01
     np.testing.assert_allclose(
         [logged[c] for c in ("value_loss", "policy_loss", "entropy", "clipfrac")], expected, rtol=2e-3, atol=1e-4
@@ -806,19 +748,6 @@ def test_time_limits_of_the_evaluation():
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_and_hash_seed(finished, tmp_path):
-    more = "--eval-interval 5 --eval-episodes 2 --capture-video --checkpoint-interval 1 --track"
-    (tmp_path / "wandb.py").write_text("def init(**options): print('tracked', options['name'])")
-    again = train(f"{TINY} {more}", tmp_path / "again", PYTHONHASHSEED="4", PYTHONPATH=str(tmp_path))
-    assert "tracked again" in again["stdout"]
-    assert again["fingerprint"] == result_of(finished)["fingerprint"]
-    for a, b in zip(rows(finished / "progress.csv"), rows(tmp_path / "again/progress.csv"), strict=True):
-        for column in a.keys() - {"wall_seconds", "SPS"}:
-            assert a[column] == b[column] or np.isnan([a[column], b[column]]).all(), column
-    assert len(rows(tmp_path / "again/evaluations.csv")) == 2  # after iterations 5 and 10
-    assert len(list((tmp_path / "again/videos").glob("*/*.gif"))) == 2 * 12
 
 
 def test_another_seed_curriculum_or_score_is_another_run(finished, tmp_path, monkeypatch):
@@ -924,90 +853,7 @@ def test_it_learns(monkeypatch, tmp_path):
     assert np.mean(returns[:3]) < 0.5 and np.mean(returns[-3:]) > 0.7
 
 
-def test_the_readmes_commands_are_valid():
-    commands = re.findall(r"python ppo_robust_plr_minigrid\.py((?: [^\n`|#]*)?)", (ROOT / "README.md").read_text())
-    commands += re.findall(r"python ppo_robust_plr_minigrid\.py([^\n#]*)", script.__doc__)
-    assert len(commands) > 8
-    for flags in commands:
-        if "--help" not in flags:
-            script.check_args(tyro.cli(script.Args, args=flags.split()))
-
-
 # ---- failures --------------------------------------------------------------------------------------------------------
-
-
-class Moody(MiniGridEnv):
-    """Its seed does not decide its level."""
-
-    def __init__(self, **kwargs):
-        super().__init__(MissionSpace(lambda: ""), grid_size=9, max_steps=50, **kwargs)
-
-    def _gen_grid(self, width, height):
-        self.grid = Grid(width, height)
-        self.agent_pos, self.agent_dir, self.mission = tuple(np.random.randint(1, 8, 2)), 0, ""
-
-
-class Growing(Moody):
-    """Its time limit depends on the level."""
-
-    def _gen_grid(self, width, height):
-        super()._gen_grid(width, height)
-        self.agent_pos, self.max_steps = (1, 1), 300 if self.np_random.random() < 0.5 else 50
-
-
-def broken():
-    raise AssertionError
-
-
-BAD = {
-    "--env-id mase": "--env-id mase is unknown: did you mean maze",
-    "--env-id MiniGrid-MultiRom-N4-S5-v0": "did you mean MiniGrid-MultiRoom-N4-S5-v0",
-    "--env-id xyz": "--env-id xyz is unknown: choose maze or one like MiniGrid-",
-    "--env-id CartPole-v1": "--env-id CartPole-v1 is not a MiniGrid environment",
-    "--env-id Moody-v0": "--env-id Moody-v0 starts differently after two resets with one seed",
-    "--num-walls 168": "--num-walls 168 must be at most 167, the cells of --maze-size 15 but two",
-    "--maze-size 4": "--maze-size 4 must be between 5 and 255",
-    "--num-envs 0": "--num-envs 0 must be at least 1",
-    "--num-minibatches 5": "--num-minibatches 5 must be a divisor of --num-envs 32",
-    "--buffer-size 31": "--buffer-size 31 must be at least --num-envs 32",
-    "--num-steps 249": "--num-steps 249 must be at least 250, the time limit: an episode that is cut off is not scored",
-    "--num-steps 249 --bootstrap-timeouts": "--num-steps 249 must be at least 250, the time limit: max_mc needs whole",
-    "--env-id MiniGrid-LavaCrossingS9N1-v0": "--num-steps 256 must be at least 324, the time limit",
-    "--curriculum dr --total-timesteps 8191": "--total-timesteps 8191 must be at least 8192: --num-envs x --num-steps",
-    "--total-timesteps 500000": "must be at least 524288: robust_plr learns nothing before the buffer holds --rho x",
-    "--replay-prob 0": "--replay-prob 0.0 must be above 0: robust_plr learns from replayed levels only",
-    "--seed 99999999999999999999": "must be at least 0 and below 2**63",
-    "--env-id Broken-v0": "--env-id Broken-v0 cannot be made: AssertionError()",
-    "--env-id Growing-v0": "--num-steps 256 must be at least 300, the time limit",
-    "--replay-prob 1.5": "--replay-prob 1.5 must be between 0 and 1",
-    "--nu 2": "--nu 2.0 must be between 0 and 1",
-    "--learning-rate 0": "--learning-rate 0.0 must be above 0",
-    "--alpha 0": "--alpha 0.0 must be above 0 and at most 1",
-    "--max-steps 0": "--max-steps 0 must be at least 1",
-    "--seed -1": "--seed -1 must be at least 0",
-    "--score-transform power": "--score-transform power must be another: --score max_mc can be negative",
-    "--run-dir /dev/null/run": "--run-dir /dev/null/run cannot be written: Not a directory",
-    "--evaluate /nonexistent": "--evaluate /nonexistent is not a run that can be loaded",
-    "--track": "--track needs Weights and Biases",
-    "--curriculum uniform": "--curriculum",
-    "--no-such-flag": "--no-such-flag",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_refused_before_anything_is_built(flags, monkeypatch, tmp_path, capsys):
-    built = []
-    monkeypatch.setattr(script, "make_envs", lambda *args: built.append(args))
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.chdir(tmp_path)
-    for name, maker in (("Moody-v0", Moody), ("Growing-v0", Growing), ("Broken-v0", broken)):
-        monkeypatch.setitem(gym.registry, name, gym.envs.registration.EnvSpec(name, entry_point=maker))
-    with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and BAD[flags] in message
-    assert message.count("\n") == 1 or not message.startswith("error: ")  # ours are one line; tyro draws a box
-    assert not built and not list(tmp_path.iterdir())
 
 
 def test_what_is_allowed():
@@ -1026,13 +872,3 @@ def test_bad_input_shows_no_traceback():
     done = run("--env-id CartPole-v1")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr.startswith("error: --env-id CartPole-v1") and done.stderr.count("\n") == 1
-
-
-@pytest.mark.parametrize("damage", ["truncated", "garbage"])
-def test_evaluating_a_damaged_checkpoint_says_so(damage, finished, tmp_path, monkeypatch, capsys):
-    data = (finished / "checkpoint.pt").read_bytes()
-    (tmp_path / "args.json").write_bytes((finished / "args.json").read_bytes())
-    (tmp_path / "checkpoint.pt").write_bytes(data[: len(data) // 2] if damage == "truncated" else b"not a checkpoint")
-    with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, f"--evaluate {tmp_path}")
-    assert stop.value.code == 2 and "is not a run that can be loaded" in capsys.readouterr().err

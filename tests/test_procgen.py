@@ -1,66 +1,30 @@
 """ppo_plr_procgen.py: levels, numbers, whole runs, failures."""
 
 import copy
-import csv
+import functools
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import support
 import torch
 import torch.nn as nn
-import tyro
-from PIL import Image
 from procgen import ProcgenGym3Env
+from support import PlainPPO, gae_as_a_sum, gae_backwards, result_of, rows
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_plr_procgen as script
 
-ROOT = Path(__file__).parent.parent
-TINY = "--env-id fruitbot --num-envs 4 --num-steps 32 --num-minibatches 2 --update-epochs 1 --total-timesteps 384 "
-TINY += "--num-levels 5 --eval-episodes 2"
+TINY = support.TINY[script.__name__]
+run, train, main = (functools.partial(function, script) for function in (support.run, support.train, support.main))
 
 
-def run(flags: str, **env: str) -> subprocess.CompletedProcess:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
-    command = [sys.executable, "ppo_plr_procgen.py", *flags.split()]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
-
-
-def train(flags: str, run_dir: Path, **env: str) -> dict:
-    done = run(f"{flags} --run-dir {run_dir}", **env)
-    assert done.returncode == 0, done.stderr
-    return json.loads((run_dir / "result.json").read_text()) | {"stdout": done.stdout, "stderr": done.stderr}
-
-
-def main(monkeypatch, flags: str) -> None:
-    """The script in this process, so that a test can watch it."""
-    torch.set_num_threads(1)
-    monkeypatch.setattr(sys, "argv", ["ppo_plr_procgen.py", *flags.split()])
-    script.main()
-
-
-def rows(path: Path) -> list[dict[str, float]]:
-    with open(path) as file:
-        return [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory) -> Path:
-    run_dir = tmp_path_factory.mktemp("finished") / "run"
-    result = train(TINY, run_dir)
-    (run_dir / "stdout").write_text(result["stdout"])
-    (run_dir / "stderr").write_text(result["stderr"])
-    return run_dir
-
-
-def result_of(run_dir: Path) -> dict:
-    return json.loads((run_dir / "result.json").read_text())
+@pytest.fixture
+def finished(finished_run) -> Path:
+    return finished_run(script)
 
 
 # ---- levels ----------------------------------------------------------------------------------------------------------
@@ -267,7 +231,7 @@ def by_hand(levels, dones, gamma, lam, norm_gamma):
         scaled[step] = np.clip(reward / np.sqrt(variance + 1e-8), -10, 10)
         t, discounted = np.where(dones[step], 0, t + 1), np.where(dones[step], 0.0, discounted)
     values = VALUES[levels % 3, t_of]
-    deltas, advantages = np.zeros((T, N)), np.zeros((T, N))
+    deltas = np.zeros((T, N))
     for i in range(N):
         for step in range(T):
             if dones[step, i]:
@@ -277,12 +241,7 @@ def by_hand(levels, dones, gamma, lam, norm_gamma):
             else:
                 after = VALUES[levels[step, i] % 3, t_of[step, i] + 1]
             deltas[step, i] = scaled[step, i] + gamma * after - values[step, i]
-        for step in range(T):  # GAE as the sum it stands for: of discounted deltas up to the episode's end
-            for k in range(step, T):
-                advantages[step, i] += (gamma * lam) ** (k - step) * deltas[k, i]
-                if dones[k, i]:
-                    break
-    return t_of, scaled, values, deltas, advantages
+    return t_of, scaled, values, deltas, gae_as_a_sum(deltas, dones, gamma * lam)
 
 
 @pytest.mark.parametrize("score", script.Args.__annotations__["score"].__args__)
@@ -366,10 +325,7 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     next_value, (levels, dones) = spied[0].detach().numpy(), spied[1]
     _, rewards, *_ = by_hand(levels, dones, 0.9, 0.8, 0.99)
     v = np.vstack((values.detach().numpy(), next_value))
-    advantages, running = np.zeros((12, 2)), np.zeros(2)
-    for t in reversed(range(12)):
-        running = rewards[t] + 0.9 * v[t + 1] * ~dones[t] - v[t] + 0.9 * 0.8 * ~dones[t] * running
-        advantages[t] = running
+    advantages = gae_backwards(rewards, v, dones, 0.9, 0.8)
     returns = torch.tensor(advantages + v[:-1]).float().flatten()
     b_adv, b_values = torch.tensor(advantages).float().flatten(), values.flatten()
     b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.flatten(), logprobs.flatten()
@@ -377,32 +333,13 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     monkeypatch.undo()
     agent = script.Agent(Corridor(1))
     agent.load_state_dict(start)
-    parameters = list(agent.parameters())
-    m, s = [torch.zeros_like(p) for p in parameters], [torch.zeros_like(p) for p in parameters]
-    step, losses = 0, []
+    plain = PlainPPO(agent.parameters(), 0.01, clip=0.02, ent_coef=0.05, vf_coef=0.7, max_norm=0.3)
     for permutation in permutations[:2]:
         for index in (permutation[:12], permutation[12:]):
             hidden = agent.hidden(b_obs[index])
-            log_p = torch.log_softmax(agent.actor(hidden), -1)
-            value = agent.critic(hidden)[:, 0]
-            ratio = (log_p.gather(1, b_actions[index, None])[:, 0] - b_logprobs[index]).exp()
-            a = (b_adv[index] - b_adv[index].mean()) / (b_adv[index].std() + 1e-8)
-            policy_loss = -torch.min(a * ratio, a * torch.clip(ratio, 0.98, 1.02)).mean()
-            clipped = b_values[index] + torch.clip(value - b_values[index], -0.02, 0.02)
-            errors = torch.stack(((value - returns[index]) ** 2, (clipped - returns[index]) ** 2))
-            value_loss = 0.5 * errors.max(0).values.mean()
-            entropy = -(log_p.exp() * log_p).sum(-1).mean()
-            gradients = torch.autograd.grad(policy_loss - 0.05 * entropy + 0.7 * value_loss, parameters)
-            norm = torch.sqrt(sum((g**2).sum() for g in gradients))
-            step += 1
-            with torch.no_grad():
-                for i, g in enumerate(gradients):  # clipping and Adam, as in their papers
-                    g = g * min(1.0, 0.3 / (norm + 1e-6))
-                    m[i], s[i] = 0.9 * m[i] + 0.1 * g, 0.999 * s[i] + 0.001 * g**2
-                    m_hat, s_hat = m[i] / (1 - 0.9**step), s[i] / (1 - 0.999**step)
-                    parameters[i] -= 0.01 * m_hat / (s_hat.sqrt() + 1e-5)
-            clipfrac = ((ratio - 1).abs() > 0.02).float().mean()
-            losses.append([x.item() for x in (value_loss, policy_loss, entropy, clipfrac)])
+            log_p, value = torch.log_softmax(agent.actor(hidden), -1), agent.critic(hidden)[:, 0]
+            old = b_actions[index], b_logprobs[index], b_values[index]
+            plain.step(log_p, value, *old, b_adv[index], returns[index])
 
     trained = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["agent"]
     for name, parameter in agent.named_parameters():
@@ -410,7 +347,7 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=2e-5)
     logged = rows(tmp_path / "run/progress.csv")[0]
     columns = ("value_loss", "policy_loss", "entropy", "clipfrac")
-    np.testing.assert_allclose([logged[c] for c in columns], np.mean(losses, 0), rtol=1e-3, atol=1e-5)
+    np.testing.assert_allclose([logged[c] for c in columns], np.mean(plain.losses, 0), rtol=1e-3, atol=1e-5)
 
 
 def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_stream_alone(monkeypatch):
@@ -455,22 +392,6 @@ def test_it_learns_on_another_environment(monkeypatch, tmp_path):
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
-
-
-def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_threads_and_hash_seed(finished, tmp_path):
-    more = "--eval-interval 1 --eval-episodes 3 --capture-video --checkpoint-interval 1 --env-threads 3 --track"
-    (tmp_path / "wandb.py").write_text("def init(**options): print('tracked', options['name'])")
-    again = train(f"{TINY} {more}", tmp_path / "again", PYTHONHASHSEED="4", PYTHONPATH=str(tmp_path))
-    assert "tracked again" in again["stdout"]
-    assert again["fingerprint"] == result_of(finished)["fingerprint"]
-    same = [(a, b) for a, b in zip(rows(finished / "progress.csv"), rows(tmp_path / "again/progress.csv"))]
-    for a, b in same:
-        for column in a.keys() - {"wall_seconds", "SPS"}:
-            assert a[column] == b[column] or np.isnan([a[column], b[column]]).all(), column
-    with Image.open(sorted((tmp_path / "again/videos").glob("*.gif"))[0]) as video:
-        assert video.n_frames > 5 and video.size == (3 * 128, 128)
-        frames = [np.asarray(video.convert("RGB")) for _ in (video.seek(i) for i in range(video.n_frames))]
-    assert not np.array_equal(frames[0], frames[-1])
 
 
 def test_another_seed_curriculum_or_precision_is_another_run(finished, tmp_path):
@@ -530,98 +451,13 @@ def test_evaluate_repeats_the_final_evaluation_and_takes_other_flags(finished):
     assert list((finished / "videos").glob("evaluation_*.gif"))
 
 
-def test_the_readmes_commands_are_valid():
-    commands = re.findall(r"python ppo_plr_procgen\.py((?: [^\n`|#]*)?)", (ROOT / "README.md").read_text())
-    commands += re.findall(r"python ppo_plr_procgen\.py([^\n#]*)", script.__doc__)
-    assert len(commands) > 8
-    for flags in commands:
-        if "--help" not in flags:
-            script.check_args(tyro.cli(script.Args, args=flags.split()))
-
-
 # ---- failures --------------------------------------------------------------------------------------------------------
-
-BAD = {
-    "--env-id bigfsh": "--env-id bigfsh is not a Procgen game: did you mean bigfish",
-    "--env-id xyz": "--env-id xyz is not a Procgen game: choose from bigfish, bossfight",
-    "--env-id bigfish --distribution-mode memory": "--distribution-mode memory does not exist for bigfish",
-    "--num-envs 0": "--num-envs 0 must be at least 1",
-    "--num-steps -3": "--num-steps -3 must be at least 1",
-    "--num-minibatches 7": "--num-minibatches 7 must be a divisor of --num-envs x --num-steps = 16384",
-    "--num-minibatches 16384": "--num-minibatches 16384 must be less than",
-    "--update-epochs 0": "--update-epochs 0 must be at least 1",
-    "--eval-episodes 0": "--eval-episodes 0 must be at least 1",
-    "--total-timesteps 16383": "--total-timesteps 16383 must be at least --num-envs x --num-steps = 16384",
-    "--learning-rate nan": "--learning-rate nan must be above 0",
-    "--gamma 1.5": "--gamma 1.5 must be between 0 and 1",
-    "--alpha 0": "--alpha 0.0 must be above 0 and at most 1",
-    "--temperature 0": "--temperature 0.0 must be above 0",
-    "--target-kl -1": "--target-kl -1.0 must be above 0",
-    "--ent-coef -1": "--ent-coef -1.0 must be at least 0",
-    "--checkpoint-interval -1": "--checkpoint-interval -1 must be at least 0",
-    "--seed -1": "--seed -1 must be at least 0",
-    "--seed 99999999999999999999": "must be at least 0 and below 2**63",
-    "--vf-coef inf": "--vf-coef inf must be at least 0 and below 2**63",
-    "--num-levels 0": "--curriculum plr must be uniform or sequential with --num-levels 0",
-    "--num-levels 0 --curriculum uniform --start-level 5": "--start-level 5 must be 0 with --num-levels 0",
-    "--start-level 1073741824": "--start-level 1073741824 must be at most 1073741624",
-    "--score gae --score-transform power": "--score-transform power must be another: --score gae can be negative",
-    "--score max_mc --score-transform power": "--score-transform power must be another: --score max_mc can be negative",
-    "--run-dir /dev/null/run": "--run-dir /dev/null/run cannot be written: Not a directory",
-    "--evaluate /nonexistent": "--evaluate /nonexistent is not a run that can be loaded",
-    "--track": "--track needs Weights and Biases",
-    "--score nonsense": "--score",
-    "--num-envs many": "--num-envs",
-    "--no-such-flag": "--no-such-flag",
-}
-
-
-@pytest.mark.parametrize("flags", BAD)
-def test_bad_input_is_refused_before_anything_is_built(flags, monkeypatch, tmp_path, capsys):
-    built = []
-    monkeypatch.setattr(script, "make_envs", lambda *args: built.append(args))
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    monkeypatch.setattr(script.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, flags)
-    message = capsys.readouterr().err
-    assert stop.value.code == 2 and BAD[flags] in message
-    assert message.startswith("error: ") <= (message.count("\n") == 1)  # ours are one line; tyro draws a box
-    assert not built and not list(tmp_path.iterdir())
 
 
 def test_bad_input_shows_no_traceback():
     done = run("--env-id bigfsh")
     assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
     assert done.stderr == "error: --env-id bigfsh is not a Procgen game: did you mean bigfish or bossfight?\n"
-
-
-@pytest.mark.parametrize("kind", ["a finished", "an unfinished"])
-def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_was(kind, finished, tmp_path, monkeypatch, capsys):
-    if kind == "an unfinished":
-        (tmp_path / "progress.csv").write_bytes((finished / "progress.csv").read_bytes())
-        finished = tmp_path
-    before = {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-    with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, f"{TINY} --run-dir {finished}")
-    assert stop.value.code == 2 and f"already holds {kind} run" in capsys.readouterr().err
-    assert before == {path.name: path.read_bytes() for path in finished.iterdir() if path.is_file()}
-
-
-@pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "pickle"])
-def test_evaluating_a_damaged_checkpoint_says_so(damage, finished, tmp_path, monkeypatch, capsys):
-    data = (finished / "checkpoint.pt").read_bytes()
-    harmful = b"cos\nsystem\n(S'touch " + str(tmp_path / "hacked").encode() + b"'\ntR."
-    (tmp_path / "args.json").write_bytes((finished / "args.json").read_bytes())
-    damaged = {"truncated": data[: len(data) // 2], "empty": b"", "garbage": b"not a checkpoint", "pickle": harmful}[
-        damage
-    ]
-    (tmp_path / "checkpoint.pt").write_bytes(damaged)
-    with pytest.raises(SystemExit) as stop:
-        main(monkeypatch, f"--evaluate {tmp_path}")
-    assert stop.value.code == 2 and "is not a run that can be loaded" in capsys.readouterr().err
-    assert not (tmp_path / "hacked").exists()
 
 
 def test_missing_system_libraries_are_named(monkeypatch, tmp_path, capsys):
