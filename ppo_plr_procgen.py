@@ -3,6 +3,8 @@
     python ppo_plr_procgen.py --env-id bigfish                         # PLR with the paper's settings
     python ppo_plr_procgen.py --env-id bigfish --curriculum uniform    # the baseline: levels drawn uniformly
     python ppo_plr_procgen.py --env-id bigfish --score gae             # another score; write your own at "level scores"
+    python ppo_plr_procgen.py --resume runs/RUN                        # goes on where the run's last checkpoint is
+    torchrun --nproc-per-node 8 ppo_plr_procgen.py --env-id bigfish    # several GPUs or machines, one curriculum
     python ppo_plr_procgen.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
     python ppo_plr_procgen.py --help
 
@@ -16,29 +18,34 @@ timeout is a terminal state here. README.md lists the logged keys and every devi
 import contextlib
 import csv
 import ctypes
+import datetime
 import difflib
 import functools
-import hashlib
 import importlib.util
 import io
 import json
 import math
 import os
-import pickle
+import signal
 import sys
+import threading
 import time
+import traceback
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal
 
 import gymnasium as gym
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.optim as optim
+import torch.distributed as dist
 import tyro
+from PIL import Image
+from torch import Tensor, nn, optim
 from torch.distributions.categorical import Categorical
+from torch.utils.data import default_convert
 from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
@@ -53,12 +60,13 @@ RETURN_RANGE = {
     "starpilot": ((2.5, 64), (1.5, 35)),
 }  # fmt: skip
 GAMES_WITH_MODE = {
-    "easy": tuple(RETURN_RANGE),
-    "hard": tuple(RETURN_RANGE),
-    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
+    "easy": tuple(RETURN_RANGE), "hard": tuple(RETURN_RANGE), "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
     "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
-}
-SIGNED_SCORES = ("gae", "max_mc")
+}  # fmt: skip
+FORMAT = "ppo_plr_procgen 1"  # of checkpoint.pt
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
+# what may change when a run is resumed, because it does not change the run
+FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track env_threads resume evaluate".split()
 # Levels below are for training, those from here to 2**31 - 1 for testing: no run can train on a test level.
 FIRST_TEST_LEVEL = 2**30
 
@@ -66,105 +74,67 @@ FIRST_TEST_LEVEL = 2**30
 @dataclass
 class Args:
     # Experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """part of the default run directory's name"""
-    seed: int = 1
-    """decides everything random; evaluation has random streams of its own"""
-    torch_deterministic: bool = True
-    """choose deterministic kernels; the CPU's always are"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY name the project and team)"""
-    run_dir: str | None = None
-    """where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given"""
-    checkpoint_interval: int = 10
-    """iterations between checkpoints (0: only at the end)"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # part of the default run directory's name
+    seed: int = 1  # decides everything random; evaluation has random streams of its own
+    torch_deterministic: bool = True  # choose deterministic kernels; the CPU's always are
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases; WANDB_PROJECT and WANDB_ENTITY name the project and team
+    run_dir: str | None = None  # where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given
+    checkpoint_interval: int = 10  # iterations between checkpoints (0: only at the start and the end)
+    resume: str | None = None  # continue the run in this directory exactly, with its flags; --total-timesteps may grow
 
     # Environment
-    env_id: str = "starpilot"
-    """one of the 16 Procgen games"""
+    env_id: str = "starpilot"  # one of the 16 Procgen games
     distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"
     """Procgen's difficulty. The paper's hard setting: --num-levels 500 --num-envs 128 --total-timesteps 200000000"""
-    num_levels: int = 200
-    """size of the training set of levels (0: no bound, for --curriculum uniform or sequential)"""
-    start_level: int = 0
-    """the first training level"""
-    env_threads: int = 0
-    """Procgen's worker threads (0: one per CPU core). The result does not depend on it"""
+    num_levels: int = 200  # size of the training set of levels (0: no bound, for --curriculum uniform or sequential)
+    start_level: int = 0  # the first training level
+    env_threads: int = 0  # Procgen's worker threads (0: one per CPU core). The result does not depend on it
 
     # PPO (PLR paper, Table 3)
-    total_timesteps: int = 25_000_000
-    """environment steps of the whole run, rounded down to full iterations"""
-    learning_rate: float = 5e-4
-    """of Adam"""
-    num_envs: int = 64
-    """environments played side by side"""
-    num_steps: int = 256
-    """steps of each environment per rollout"""
-    anneal_lr: bool = False
-    """let the learning rate fall linearly to 0"""
-    gamma: float = 0.999
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of the generalized advantage estimation"""
-    num_minibatches: int = 8
-    """minibatches per epoch"""
-    update_epochs: int = 3
-    """epochs per rollout"""
-    clip_coef: float = 0.2
-    """clip range of the policy ratio and of the value"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """bound on the norm of the gradient"""
-    target_kl: float | None = None
-    """stop an iteration's epochs once the approximate KL divergence exceeds this"""
-    reward_norm_gamma: float = 0.99
-    """discount of the return whose variance scales the rewards: 0.99 in the released PLR code, 0.999 in CleanRL"""
+    total_timesteps: int = 25_000_000  # environment steps of the whole run, rounded down to full iterations
+    learning_rate: float = 5e-4  # of Adam
+    num_envs: int = 64  # environments played side by side, on all GPUs together
+    num_steps: int = 256  # steps of each environment per rollout
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0
+    gamma: float = 0.999  # discount
+    gae_lambda: float = 0.95  # lambda of the generalized advantage estimation
+    num_minibatches: int = 8  # minibatches per epoch
+    update_epochs: int = 3  # epochs per rollout
+    clip_coef: float = 0.2  # clip range of the policy ratio and of the value
+    ent_coef: float = 0.01  # weight of the entropy bonus
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # bound on the norm of the gradient
+    target_kl: float | None = None  # stop an iteration's epochs once the approximate KL divergence exceeds this
+    reward_norm_gamma: float = 0.99  # discount of the return whose variance scales the rewards; CleanRL has 0.999
 
     # PLR
-    curriculum: Literal["plr", "uniform", "sequential"] = "plr"
-    """which level an episode starts: prioritized replay, uniformly random, or one after the other"""
+    curriculum: Literal["plr", "uniform", "sequential"] = "plr"  # PLR, levels at random, one after the other
     score: Literal[
         "value_l1", "gae", "positive_value_loss", "one_step_td_error", "policy_entropy", "least_confidence",
         "min_margin", "max_mc",
     ] = "value_l1"  # fmt: skip
     """learning potential of a level, averaged over an episode's steps; the formulas are at "level scores" below"""
-    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"
-    """from scores to replay probabilities (the paper's h)"""
-    temperature: float = 0.1
-    """of the transform (the paper's beta): lower is greedier"""
-    staleness_coef: float = 0.1
-    """share of replay by staleness (the paper's rho)"""
-    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
-    """replay with the probability of the share of levels seen, or with the fixed probability 1 - nu"""
-    rho: float = 1.0
-    """share of levels that must be seen before any is replayed. 1: as released; 0: annealed as in the paper's text"""
-    nu: float = 0.5
-    """with the fixed schedule: probability of a new level while there are any"""
-    alpha: float = 1.0
-    """weight of a level's new score in its running mean (1: the last score counts)"""
-    stitch_episodes: bool = False
-    """score an episode that spans rollouts once, as a whole (the paper's Algorithm 4), not each rollout's part"""
+    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # the paper's h
+    temperature: float = 0.1  # of the transform (the paper's beta): lower is greedier
+    staleness_coef: float = 0.1  # share of replay by staleness (the paper's rho)
+    replay_schedule: Literal["proportionate", "fixed"] = (
+        "proportionate"  # replay with P = share of levels seen, or 1 - nu
+    )
+    rho: float = 1.0  # share of levels to be seen before any is replayed. 1: as released; 0: as in the paper's text
+    nu: float = 0.5  # with the fixed schedule: probability of a new level while there are any
+    alpha: float = 1.0  # weight of a level's new score in its running mean (1: the last score counts)
+    stitch_episodes: bool = False  # score an episode that spans rollouts as a whole (the paper's Algorithm 4)
 
     # Evaluation
-    eval_interval: int = 50
-    """iterations between evaluations (0: only at the end)"""
-    eval_episodes: int = 100
-    """levels played, once each, in each of the two sets: training levels and levels never trained on"""
-    capture_video: bool = False
-    """write a GIF of four test episodes at each evaluation"""
-    evaluate: str | None = None
-    """only evaluate the run in this directory. Other flags default to that run's"""
+    eval_interval: int = 50  # iterations between evaluations (0: only at the end)
+    eval_episodes: int = 100  # levels played once each, of the training levels and of levels never trained on
+    capture_video: bool = False  # write a GIF of a test episode at each evaluation
+    evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """of the network. bf16 doubles the speed of CPUs with AMX or AVX512-BF16 and of GPUs; tf32 is for NVIDIA GPUs"""
-    compile: bool = False
-    """torch.compile the network"""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: twice as fast on GPUs, CPUs with AMX or AVX512-BF16
+    compile: bool = False  # torch.compile the network
 
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
@@ -176,9 +146,10 @@ class Args:
         self.num_iterations = self.total_timesteps // max(self.batch_size, 1)
 
 
-def refuse(reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr)
-    raise SystemExit(2)
+def refuse(reason: str, status: int = 2) -> None:
+    if RANK == 0 or status == 1:
+        print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def check_args(args: Args) -> None:
@@ -204,16 +175,17 @@ def check_args(args: Args) -> None:
     require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
     require("gamma gae_lambda reward_norm_gamma staleness_coef rho nu", lambda x: 0 <= x <= 1, "between 0 and 1")
     require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
+    require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
     rollout = f"--num-envs x --num-steps = {args.batch_size}"
-    require("num_minibatches", lambda x: args.batch_size % x == 0, f"a divisor of {rollout}")
-    require("num_minibatches", lambda x: args.batch_size > x, f"less than {rollout}: a minibatch needs two steps")
+    divides = f"a divisor of {rollout} and less than that"
+    require("num_minibatches", lambda x: args.batch_size % x == 0 and x < args.batch_size, divides)
     require("total_timesteps", lambda x: x >= args.batch_size, f"at least {rollout}, the steps of one iteration")
     most = FIRST_TEST_LEVEL - args.num_levels
     require("start_level", lambda x: x <= most, f"at most {most}: levels from {FIRST_TEST_LEVEL} on are for testing")
     if args.num_levels == 0:
         require("start_level", lambda x: x == 0, "0 with --num-levels 0, which draws from all levels")
         require("curriculum", lambda x: x != "plr", "uniform or sequential with --num-levels 0: plr needs a fixed set")
-    if args.curriculum == "plr" and args.score in SIGNED_SCORES:
+    if args.curriculum == "plr" and args.score in ("gae", "max_mc"):
         require("score_transform", lambda x: x != "power", f"another: --score {args.score} can be negative")
 
 
@@ -264,6 +236,15 @@ class ProcgenLevels(gym.vector.VectorEnv):
         rewards, obs, first = self.procgen.observe()
         return obs["rgb"], rewards, first, np.zeros_like(first), {}
 
+    def get_state(self) -> list[Tensor]:
+        """Where each environment is, exactly: 21-38 KB each, uint8."""
+        return [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.procgen.get_state()]
+
+    def set_state(self, states: list[Tensor]) -> np.ndarray:
+        """Goes back there, in any process; returns the observations."""
+        self.procgen.set_state([bytes(state.numpy()) for state in states])
+        return self.procgen.observe()[1]["rgb"]
+
     def close_extras(self, **kwargs) -> None:
         self.procgen.close()
 
@@ -271,8 +252,8 @@ class ProcgenLevels(gym.vector.VectorEnv):
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
     try:
-        threads = args.env_threads or os.cpu_count()
-        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, min(threads, num_envs))
+        threads = min(args.env_threads or os.cpu_count(), num_envs)
+        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, threads)
     except (ImportError, OSError) as error:
         refuse(f"Procgen does not load ({error}). On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0")
 
@@ -302,7 +283,7 @@ class ResidualBlock(nn.Module):
         self.conv0 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
         self.conv1 = nn.Conv2d(channels, channels, kernel_size=3, padding=1)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
 
 
@@ -322,31 +303,29 @@ class Agent(nn.Module):
         h, w, c = envs.single_observation_space.shape
         self.bf16 = precision == "bf16"
         self.network = nn.Sequential(
-            ConvSequence(c, 16),
-            ConvSequence(16, 32),
-            ConvSequence(32, 32),
-            nn.Flatten(),
-            nn.ReLU(),
-            nn.Linear(32 * math.ceil(h / 8) * math.ceil(w / 8), 256),
-            nn.ReLU(),
-        )
+            ConvSequence(c, 16), ConvSequence(16, 32), ConvSequence(32, 32), nn.Flatten(), nn.ReLU(),
+            nn.Linear(32 * math.ceil(h / 8) * math.ceil(w / 8), 256), nn.ReLU(),
+        )  # fmt: skip
         self.actor = layer_init(nn.Linear(256, envs.single_action_space.n), std=0.01)
         self.critic = layer_init(nn.Linear(256, 1), std=1.0)
 
-    def hidden(self, x: torch.Tensor) -> torch.Tensor:
+    def hidden(self, x: Tensor) -> Tensor:
         """(B, 64, 64, 3) uint8 -> (B, 256) float32. The heads after it are always float32."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             return self.network(x.permute(0, 3, 1, 2) / 255.0).float()  # "bhwc" -> "bchw", in channels_last memory
 
-    def get_value(self, x: torch.Tensor) -> torch.Tensor:
+    def get_value(self, x: Tensor) -> Tensor:
         return self.critic(self.hidden(x)).flatten()
 
-    def get_action_and_value(self, x: torch.Tensor, action: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
-        """x (B, 64, 64, 3) uint8 -> action, log-probability, entropy, value (B,) and logits (B, actions)."""
+    def get_action_and_value(self, x: Tensor, action: Tensor | None = None, clocks: Tensor | None = None) -> tuple:
+        """x (B, 64, 64, 3) uint8 -> action, log-probability, entropy, value (B,) and logits (B, actions).
+
+        clocks (B, actions): exponential noise to draw with. The first to ring at rates p has probability p.
+        """
         hidden = self.hidden(x)
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
-            action = probs.sample()
+            action = probs.sample() if clocks is None else (probs.probs / clocks).argmax(-1)
         return action, probs.log_prob(action), probs.entropy(), self.critic(hidden).flatten(), probs.logits
 
 
@@ -368,11 +347,8 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
             obs, _ = envs.reset(seed=levels[chunk].tolist())
             playing = np.arange(len(chunk))  # environments whose episode goes on
             while len(playing):
-                if video and chunk[0] == 0:  # the first four test episodes, side by side; a finished one stands still
-                    frame = obs[: min(4, args.eval_episodes)]
-                    over = np.setdiff1d(np.arange(len(frame)), playing)
-                    frame[over] = frames[-1][over] if len(over) else frame[over]
-                    frames.append(frame)
+                if video and chunk[playing[0]] == 0:  # the first test episode
+                    frames.append(Image.fromarray(obs[0]).resize((256, 256), Image.Resampling.NEAREST))
                 actions = np.zeros(len(chunk), np.int32)
                 action = agent.get_action_and_value(torch.from_numpy(obs[playing]).to(device))[0]
                 actions[playing] = action.cpu().numpy()
@@ -380,8 +356,9 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
                 returns[chunk[playing]] += reward[playing]
                 playing = playing[~(terminations | truncations)[playing]]
             envs.close()
-    if video:
-        write_gif(video, frames)
+    if video:  # every second frame, at Procgen's speed
+        video.parent.mkdir(parents=True, exist_ok=True)
+        frames[0].save(video, save_all=True, append_images=frames[2::2], duration=133, loop=0)
     result: dict[str, Any] = {"episodes": {}}
     for name, part in (("test", slice(0, args.eval_episodes)), ("train", slice(args.eval_episodes, None))):
         result[f"{name}_return"], result[f"{name}_return_std"] = float(returns[part].mean()), float(returns[part].std())
@@ -393,56 +370,34 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
     return result
 
 
-def write_gif(path: Path, frames: list[np.ndarray]) -> None:
-    """frames: one (k, 64, 64, 3) uint8 per step. Every second one, its k pictures side by side, at Procgen's speed."""
-    from PIL import Image  # comes with tensorboard
-
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames, size = frames[::2], (len(frames[0]) * 128, 128)
-    pictures = [
-        Image.fromarray(np.concatenate([*frame], axis=1)).resize(size, Image.Resampling.NEAREST) for frame in frames
-    ]
-    pictures[0].save(path, save_all=True, append_images=pictures[1:], duration=133, loop=0)
-
-
 # ---- run directory --------------------------------------------------------------------------------------------------
-
-
-def plain(x: Any) -> Any:
-    """Nested state as tensors and Python values only, which torch.load(weights_only=True) reads back."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(x.copy())
-    return x.item() if isinstance(x, np.generic) else x
 
 
 def fingerprint(state: Any) -> str:
     """SHA-256 of a nested state. Two runs with the same fingerprint are the same run."""
-    digest = hashlib.sha256()
-
-    def feed(x: Any) -> None:
-        if isinstance(x, dict):
-            feed([part for key in sorted(x, key=str) for part in (str(key), x[key])])
-        elif isinstance(x, list):
-            for part in x:
-                feed(part)
-        else:
-            digest.update(x.cpu().contiguous().numpy().tobytes() if isinstance(x, torch.Tensor) else repr(x).encode())
-
-    feed(plain(state))
-    return digest.hexdigest()
+    parts = json.dumps(
+        default_convert(state), sort_keys=True, default=lambda x: sha256(np.ascontiguousarray(x.cpu())).hexdigest()
+    )
+    return sha256(parts.encode()).hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:
     """A reader, or a crash, finds the old file or the new one and nothing in between."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a part of it would keep a full disk full
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Tensors and Python values only, which torch.load(weights_only=True) reads back: no file can run code."""
+    torch.save(default_convert(state), data := io.BytesIO())
+    write_file(path, data.getvalue())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -454,25 +409,58 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
+def cut_rows(path: Path, global_step: int) -> None:
+    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will be written again."""
+    header, *lines = path.read_bytes().splitlines(keepends=True) if path.exists() else [b""]
+    kept = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= global_step]
+    write_file(path, (header + b"".join(kept)) if kept else b"")
+
+
 def make_run_dir(args: Args) -> Path:
-    run_dir = Path(args.run_dir or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or default)
     for name, kind in (("result.json", "a finished"), ("progress.csv", "an unfinished")):
-        if (run_dir / name).exists():
-            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory.")
+        if RANK == 0 and not args.resume and (run_dir / name).exists():
+            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory, or --resume {run_dir}.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if RANK == 0:
+            write_file(run_dir / "args.json", json.dumps(asdict(args), indent=2).encode())
     except OSError as error:
         refuse(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
     return run_dir
+
+
+def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
+    """The flags of the run in --evaluate or --resume RUN_DIR, changed by the command line; its checkpoint."""
+    try:
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"the format of its checkpoint is {checkpoint['format']!r}, this script's is {FORMAT!r}")
+        saved = {f.name: checkpoint["args"][f.name] for f in fields(Args) if f.init and f.name in checkpoint["args"]}
+        defaults = Args(**saved)
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        refuse(f"--{flag} {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+    args = replace(tyro.cli(Args, default=defaults))  # tyro would keep the derived sizes
+    if flag == "resume":
+        for name, value in saved.items():
+            if getattr(args, name) != value and name not in FREE_ON_RESUME:
+                refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be {value}, as in the run to resume.")
+        if args.num_iterations <= checkpoint["iteration"]:
+            refuse(f"--total-timesteps {args.total_timesteps} must be raised: {run_dir} is finished.")
+    return args, checkpoint
 
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     # cuDNN would use TF32 by default: fp32 means fp32 here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda")
+    cuda = args.cuda and torch.cuda.is_available()
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
     with contextlib.suppress(AttributeError, OSError):
         # glibc hands every large tensor back to the kernel and gets it again page by page: keeping the memory
         # (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) makes the update up to twice as fast.
@@ -482,20 +470,13 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cpu")
 
 
-def evaluate_run(args: Args) -> None:
+def evaluate_run(run_dir: Path) -> None:
     """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    run_dir = Path(args.evaluate)
-    try:
-        saved = json.loads((run_dir / "args.json").read_text())
-        saved = {f.name: saved[f.name] for f in fields(Args) if f.init and f.name in saved}
-        args = tyro.cli(Args, default=Args(**saved))
-        check_args(args)
-        device = choose_device(args)
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-        agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
-        agent.load_state_dict(checkpoint["agent"])
-    except (EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        refuse(f"--evaluate {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+    args, checkpoint = load_run("evaluate", run_dir)
+    check_args(args)
+    device = choose_device(args)
+    agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
+    agent.load_state_dict(checkpoint["agent"])
     name = f"evaluation_{int(time.time())}"
     result = evaluate(agent, args, device, run_dir / "videos" / f"{name}.gif" if args.capture_video else None)
     write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())
@@ -504,82 +485,165 @@ def evaluate_run(args: Args) -> None:
     print(f"every episode: {run_dir / name}.json")
 
 
+# ---- several processes (torchrun) -----------------------------------------------------------------------------------
+# A rank plays its part of the environments. Rewards, ends of episodes and values are shared, and from there on every
+# rank does the same for all N environments: reward normalisation, GAE, curriculum. Gradients are added up.
+
+
+def share(x: Tensor) -> Tensor:
+    """(..., n) of this rank's environments -> (..., N) of all ranks'."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def add_gradients(agent: nn.Module) -> None:
+    if WORLD > 1:
+        gradients = [p.grad for p in agent.parameters()]
+        dist.all_reduce(flat := torch.cat([x.reshape(-1) for x in gradients]))  # one message
+        for x, total in zip(gradients, flat.split([x.numel() for x in gradients])):
+            x.copy_(total.view(x.shape))
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args, checkpoint = tyro.cli(Args), None
     if args.evaluate:
-        return evaluate_run(args)
+        return evaluate_run(Path(args.evaluate))
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.run_dir:  # torchrun --max-restarts
+        args.resume = args.resume or args.run_dir
+    if args.resume:
+        args, checkpoint = load_run("resume", Path(args.resume))
     check_args(args)
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)
+    threading.excepthook = lambda _: None  # TensorBoard's: what its writing thread meets, the next write says
+    try:
+        train(args, run_dir, checkpoint)
+    except Exception as error:  # a full disk, a dead environment, a loss that is not finite
+        with contextlib.suppress(OSError):
+            (run_dir / f"error_{RANK}.txt").write_text(traceback.format_exc())
+        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
+        refuse(f"{what}. {run_dir}/error_{RANK}.txt has details; to go on: --resume {run_dir}", status=1)
 
+
+def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     # ==== setup ====
-    if args.track:
-        import wandb
+    if RANK == 0:
+        if args.track:
+            import wandb
 
-        wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
-    writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
+        writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     device = choose_device(args)
+    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     torch.manual_seed(args.seed)  # network, actions, minibatches; sampler and evaluation have streams of their own
-    envs = make_envs(args, args.num_envs)
+    T, N, n = args.num_steps, args.num_envs, args.num_envs // WORLD
+    here = slice(RANK * n, (RANK + 1) * n)  # this rank's environments: all N of them without torchrun
+    envs = make_envs(args, n)
     agent = Agent(envs, args.precision).to(device, memory_format=torch.channels_last)
     if args.compile:
         agent.network.compile()
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
+    names = "num_envs seed curriculum score_transform temperature staleness_coef replay_schedule rho nu alpha"
     sampler = LevelSampler(
         range(args.start_level, args.start_level + args.num_levels) if args.num_levels else None,
-        num_envs=args.num_envs,
-        seed=args.seed,
+        **{name: getattr(args, name) for name in [*names.split(), "stitch_episodes"]},
         level_space=FIRST_TEST_LEVEL,
-        **{name: getattr(args, name) for name in "curriculum score_transform temperature staleness_coef".split()},
-        **{name: getattr(args, name) for name in "replay_schedule rho nu alpha stitch_episodes".split()},
     )
     return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted return, scales the rewards
 
-    # ==== storage: T = num_steps, N = num_envs ====
-    T, N, num_actions = args.num_steps, args.num_envs, int(envs.single_action_space.n)
-    obs = torch.zeros((T, N) + envs.single_observation_space.shape, dtype=torch.uint8, device=device)
-    actions = torch.zeros((T, N), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((T, N), device=device)
-    logits = torch.zeros((T, N, num_actions), device=device)  # float32, normalised log-probabilities
-    rewards = torch.zeros((T, N), device=device)  # float32, normalised
+    # ==== storage: T = num_steps, N = num_envs, n of them on this rank ====
+    num_actions = int(envs.single_action_space.n)
+    obs = torch.zeros((T, n) + envs.single_observation_space.shape, dtype=torch.uint8, device=device)
+    actions = torch.zeros((T, n), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((T, n), device=device)
+    logits = torch.zeros((T, n, num_actions), device=device)  # float32, normalised log-probabilities
+    rewards, values = torch.zeros((2, T, N), device=device)  # float32; rewards are normalised
     dones = torch.zeros((T, N), device=device)  # float32; dones[t], set before step t: obs[t] begins an episode
-    values = torch.zeros((T, N), device=device)
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
-
-    global_step = 0
-    next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
-    next_obs = torch.from_numpy(envs.reset(seed=next_levels.tolist())[0]).to(device)  # (N, 64, 64, 3) uint8
-    next_done = torch.zeros(N, device=device)
-    # of the episodes in progress: discounted return (for return_rms), return in scaled rewards (for max_mc)
-    discounted_return, scaled_return = np.zeros(N), np.zeros(N)
-    episode_return, episode_length = np.zeros(N), np.zeros(N, np.int64)  # raw
-    window_returns, window_seconds, window_steps = [], 0.0, 0  # since the last printed line
-    start_time, train_seconds, evaluation = time.time(), 0.0, None  # train_seconds: without evaluation and checkpoints
+    clocks = torch.zeros((N, num_actions), device=device)  # noise that decides the actions, the same on every rank
+    # of the episodes in progress: return, length; discounted return (for return_rms), scaled return (for max_mc)
+    statistics = np.zeros((4, N))
+    episode_return, episode_length, discounted_return, scaled_return = statistics
 
     def run_state() -> dict[str, Any]:
         """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
-        return {
-            "agent": agent.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "sampler": sampler.state_dict(),
-            "return_rms": [float(return_rms.mean), float(return_rms.var), float(return_rms.count)],
-            "torch_rng": torch.get_rng_state(),
-            "cuda_rng": torch.cuda.get_rng_state() if device.type == "cuda" else None,
-        }
+        cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
+        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
+        state["return_rms"] = [float(return_rms.mean), float(return_rms.var), float(return_rms.count)]
+        return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
-    what = f"{args.env_id} ({args.distribution_mode}), {args.num_levels or 'unbounded'} levels, {args.curriculum}"
-    print(f"{what}, seed {args.seed}: {run_dir}", flush=True)
-    if device.type == "cpu":
-        why = "No CUDA device" if args.cuda else "--no-cuda"
-        print(f"{why}: training on {torch.get_num_threads()} CPU threads. How long it will take:", flush=True)
+    def mean(x: Tensor) -> Tensor:
+        """This rank's part of the mean over a minibatch of all ranks."""
+        return x.sum() / args.minibatch_size
 
-    for iteration in range(1, args.num_iterations + 1):
+    def save_checkpoint() -> None:
+        state = run_state()
+        mark = torch.tensor([int(fingerprint(state)[:15], 16)])
+        if (share(mark) != mark).any():
+            raise RuntimeError(f"the ranks' states differ after iteration {iteration}")
+        env_states = [envs.get_state() if hasattr(envs, "get_state") else None] * WORLD
+        if WORLD > 1:
+            dist.all_gather_object(env_states, env_states[0])
+        state |= {"envs": env_states, "statistics": statistics}
+        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step}
+        if RANK == 0:
+            save(run_dir / "checkpoint.pt", state | {"iteration": iteration, "args": asdict(args), "format": FORMAT})
+
+    def require_finite(x: Tensor, what: str) -> None:
+        """Ends the run, with what led there in a file; the last checkpoint is from before."""
+        if not x.isfinite().all():
+            rollout = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": values}
+            save(run_dir / f"failed_{RANK}.pt", rollout | {"levels": levels, "agent": agent.state_dict()})
+            raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
+
+    # ==== start or resume ====
+    iteration, global_step, train_seconds, start_time = 0, 0, 0.0, time.time()  # train_seconds: without evaluation
+    if checkpoint:
+        for name, part in (("agent", agent), ("optimizer", optimizer), ("sampler", sampler)):
+            part.load_state_dict(checkpoint[name])
+        return_rms.mean, return_rms.var, return_rms.count = checkpoint["return_rms"]
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        iteration, global_step, (seconds, train_seconds) = map(checkpoint.get, ("iteration", "global_step", "seconds"))
+        start_time -= seconds
+        for name in ("progress.csv", "evaluations.csv") if RANK == 0 else ():
+            cut_rows(run_dir / name, global_step)
+        (run_dir / "result.json").unlink(missing_ok=True)
+    if checkpoint and checkpoint["envs"][0]:
+        next_levels, statistics[:] = sampler.playing.copy(), checkpoint["statistics"]
+        next_obs = envs.set_state(sum(checkpoint["envs"], [])[here])
+    else:
+        if checkpoint:
+            print(f"Its environments could not be saved: {N} episodes are dropped, others start.", flush=True)
+        sampler.drop(np.ones(N, bool))
+        next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
+        next_obs, _ = envs.reset(seed=next_levels[here].tolist())
+    next_obs, next_done = torch.from_numpy(next_obs).to(device), torch.zeros(N, device=device)  # (n, 64, 64, 3) uint8
+
+    stopped: list[int] = []  # signals: the first ends the run after its iteration, a second one at once
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL))
+    if not checkpoint:
+        save_checkpoint()
+    if RANK == 0:
+        what = f"{args.env_id} ({args.distribution_mode}), {args.num_levels or 'unbounded'} levels, {args.curriculum}"
+        why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
+        print(f"{what}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True)
+    shown_at, recent = (global_step, train_seconds), []  # at the last printed line; returns since
+    evaluation, stopping = None, False
+
+    while iteration < args.num_iterations and not stopping:
+        iteration += 1
         iteration_start = time.time()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
@@ -592,15 +656,17 @@ def main() -> None:
             dones[step] = next_done
             levels[step] = next_levels
             with torch.no_grad():
-                action, logprobs[step], _, values[step], logits[step] = agent.get_action_and_value(next_obs)
-            actions[step] = action
+                noise = clocks.exponential_()[here]
+                action, logprobs[step], _, value, logits[step] = agent.get_action_and_value(next_obs, clocks=noise)
+            actions[step], values[step, here] = action, value
 
             observation, reward, terminations, truncations, _ = envs.step(action.cpu().numpy())
-            done = terminations | truncations
+            reward, done = share(torch.from_numpy(np.stack((reward, terminations | truncations)))).numpy()  # (N,)
+            done = done > 0
             episode_return += reward
             episode_length += 1
             # reward normalisation: by the standard deviation of the discounted return, without centring, clipped
-            discounted_return = discounted_return * args.reward_norm_gamma + reward
+            discounted_return[:] = discounted_return * args.reward_norm_gamma + reward
             return_rms.update(discounted_return)
             reward = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
             scaled_return += reward
@@ -609,16 +675,17 @@ def main() -> None:
             if done.any():
                 finished += zip(episode_return[done].tolist(), episode_length[done].tolist())
                 sampler.record_returns(next_levels[done], scaled_return[done])
-                for statistic in (discounted_return, scaled_return, episode_return, episode_length):
-                    statistic[done] = 0
+                statistics[:, done] = 0
                 next_levels = sampler.next_levels(done)  # PLR, Algorithm 1: sample the next levels
-                observation, _ = envs.reset(seed=next_levels.tolist(), options={"reset_mask": done})
+                mask = {"reset_mask": done[here]}
+                observation, _ = envs.reset(seed=next_levels[here].tolist(), options=mask)
             next_obs = torch.from_numpy(observation).to(device)
             next_done = torch.from_numpy(done).to(device, torch.float32)
 
         # ==== advantages (GAE) ====
         with torch.no_grad():
-            next_value = agent.get_value(next_obs)
+            next_value = share(agent.get_value(next_obs))
+            values = share(values[:, here])
             ends = torch.cat((dones[1:], next_done[None]))  # (T, N): step t ended its episode
             next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
             deltas = rewards + args.gamma * next_values - values
@@ -627,6 +694,7 @@ def main() -> None:
             for t in reversed(range(args.num_steps)):
                 advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
             returns = advantages + values
+        require_finite(advantages, "an advantage")
 
         # ==== level scores (PLR, eq. 2): how much is there still to learn on each level? ====
         # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
@@ -639,11 +707,11 @@ def main() -> None:
         elif args.score == "one_step_td_error":
             step_scores = deltas.abs()
         elif args.score == "policy_entropy":
-            step_scores = -(logits.exp() * logits).sum(-1) / math.log(num_actions)
+            step_scores = share(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
         elif args.score == "least_confidence":
-            step_scores = 1 - logits.exp().amax(-1)
+            step_scores = share(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
-            step_scores = 1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1)
+            step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
         elif args.score == "max_mc":  # Robust PLR: best return so far on the level, in the units of the values
             step_scores = torch.from_numpy(sampler.best_returns(levels)).to(values) - values
         sampler.update(levels, step_scores.cpu().numpy(), ends.cpu().numpy())
@@ -652,62 +720,69 @@ def main() -> None:
         b_obs = obs.reshape((-1,) + envs.single_observation_space.shape)
         b_actions, b_logprobs = actions.reshape(-1), logprobs.reshape(-1)
         b_advantages, b_returns, b_values = advantages.reshape(-1), returns.reshape(-1), values.reshape(-1)
-        losses, updates = torch.zeros(6, device=device), 0  # summed over the minibatches, read once
+        losses, updates = torch.zeros(7, device=device), 0  # summed over the minibatches, read once
         for _epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
-                _, newlogprob, entropy, newvalue, _ = agent.get_action_and_value(b_obs[mb_inds], b_actions[mb_inds])
-                logratio = newlogprob - b_logprobs[mb_inds]
-                ratio = logratio.exp()
                 mb_advantages = b_advantages[mb_inds]
                 mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+                if WORLD > 1:  # this rank's part of the minibatch
+                    own = mb_inds % N // n == RANK
+                    mb_inds, mb_advantages = mb_inds[own], mb_advantages[own]
+                own_inds = mb_inds // N * n + mb_inds % n  # in the (T * n,) of this rank
+                _, newlogprob, entropy, newvalue, _ = agent.get_action_and_value(b_obs[own_inds], b_actions[own_inds])
+                logratio = newlogprob - b_logprobs[own_inds]
+                ratio = logratio.exp()
                 pg_loss1 = -mb_advantages * ratio
                 pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+                pg_loss = mean(torch.max(pg_loss1, pg_loss2))
                 v_change = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
-                v_loss_unclipped = (newvalue - b_returns[mb_inds]) ** 2
                 v_loss_clipped = (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2
-                v_loss = 0.5 * torch.max(v_loss_unclipped, v_loss_clipped).mean()
-                entropy_loss = entropy.mean()
+                v_loss = 0.5 * mean(torch.max((newvalue - b_returns[mb_inds]) ** 2, v_loss_clipped))
+                entropy_loss = mean(entropy)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
 
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                add_gradients(agent)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():  # approx_kl: http://joschu.net/blog/kl-approx.html
-                    old_approx_kl, approx_kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
-                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    losses += torch.stack((v_loss, pg_loss, entropy_loss, old_approx_kl, approx_kl, clipfrac)).detach()
+                    old_approx_kl, approx_kl = mean(-logratio), mean((ratio - 1) - logratio)
+                    clipfrac = mean(((ratio - 1).abs() > args.clip_coef).float())
+                    parts = (v_loss, pg_loss, entropy_loss, old_approx_kl, approx_kl, clipfrac, grad_norm / WORLD)
+                    losses += torch.stack(parts).detach()
                     updates += 1
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            if args.target_kl is not None and share(approx_kl[None]).sum() > args.target_kl:
                 break
 
         # ==== log ====
-        losses = (losses / updates).tolist()  # waits for the device: the clock stops after the work is done
+        losses = share(losses[:, None]).sum(-1) / updates
+        require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
         seconds = time.time() - iteration_start
         train_seconds += seconds
         explained_var = float(1 - (b_returns - b_values).var() / b_returns.var().clamp(min=1e-12))
-        names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+        names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
         row = {
             "charts/episodic_return": float(np.mean([x for x, _ in finished])) if finished else math.nan,
             "charts/episodic_length": float(np.mean([x for _, x in finished])) if finished else math.nan,
             "charts/episodes": len(finished),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / seconds,
-            **{f"losses/{name}": value for name, value in zip(names, losses)},
+            **{f"losses/{name}": value for name, value in zip(names, losses.tolist())},
             "losses/explained_variance": explained_var,
             **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
         }
-        for key, value in row.items():
-            if not math.isnan(value):
-                writer.add_scalar(key, value, global_step)
         columns = {key.split("/")[1]: value for key, value in row.items()}
         when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
-        append_row(run_dir / "progress.csv", when | columns)
+        if RANK == 0:
+            for key, value in row.items():
+                if not math.isnan(value):
+                    writer.add_scalar(key, value, global_step)
+            append_row(run_dir / "progress.csv", when | columns)
 
         # ==== evaluate ====
         last = iteration == args.num_iterations
-        if last or (args.eval_interval and iteration % args.eval_interval == 0):
+        if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
             video = run_dir / "videos" / f"step_{global_step}.gif" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)
             scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
@@ -716,33 +791,34 @@ def main() -> None:
             append_row(run_dir / "evaluations.csv", when | scalars)
 
         # ==== checkpoint ====
-        if last or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
-            state = run_state() | {"args": asdict(args), "iteration": iteration, "global_step": global_step}
-            torch.save(plain(state), data := io.BytesIO())
-            write_file(run_dir / "checkpoint.pt", data.getvalue())
-
-        window_returns += [x for x, _ in finished]
-        window_seconds, window_steps = window_seconds + seconds, window_steps + args.batch_size
-        if last or iteration == 1 or window_seconds > 10:
-            left = (time.time() - start_time) / iteration * (args.num_iterations - iteration)
-            parts = [f"step {global_step:,} ({iteration / args.num_iterations:.1%})"]
-            parts += [
-                f"{left // 3600:.0f}h{left % 3600 // 60:02.0f}m left",
-                f"{window_steps / window_seconds:,.0f} steps/s",
-            ]
-            parts += [f"train return {np.mean(window_returns) if window_returns else math.nan:.2f}"]
+        stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
+        if last or stopping or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
+            save_checkpoint()
+        recent += [x for x, _ in finished]
+        if RANK == 0 and (last or iteration == 1 or train_seconds - shown_at[1] > 10):
+            left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
+            pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
+            line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
+            line += f" | {pace:,.0f} steps/s | train return {np.mean(recent or math.nan):.2f}"
             if evaluation:
-                parts += [f"evaluation: train {evaluation['train_return']:.2f}, test {evaluation['test_return']:.2f}"]
-            print(" | ".join(parts), flush=True)
-            window_returns, window_seconds, window_steps = [], 0.0, 0
+                line += f" | evaluation: train {evaluation['train_return']:.2f}, test {evaluation['test_return']:.2f}"
+            print(line, flush=True)
+            shown_at, recent = (global_step, train_seconds), []
 
+    envs.close()
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
+    writer.close()
+    if stopping:
+        print(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {run_dir}", flush=True)
+        raise SystemExit(130 if signal.SIGINT in stopped else 0)
     result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
     result |= {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
-    result |= {"device": torch.cuda.get_device_name() if device.type == "cuda" else "cpu", "torch": torch.__version__}
+    result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}
     result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    envs.close()
-    writer.close()
     print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)
 
 

@@ -4,6 +4,8 @@
     python ppo_robust_plr_minigrid.py --curriculum plr                 # PLR: also learns on new levels
     python ppo_robust_plr_minigrid.py --curriculum dr                  # baseline: domain randomisation, new levels only
     python ppo_robust_plr_minigrid.py --env-id MiniGrid-MultiRoom-N4-S5-v0       # any registered MiniGrid environment
+    python ppo_robust_plr_minigrid.py --resume runs/RUN                # goes on where the run's last checkpoint is
+    torchrun --nproc-per-node 8 ppo_robust_plr_minigrid.py             # several GPUs or machines, one curriculum
     python ppo_robust_plr_minigrid.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
 Robust PLR: Jiang et al., "Replay-Guided Adversarial Environment Design", 2021 (arXiv 2110.02439), Algorithm 1.
@@ -18,32 +20,37 @@ takes the critic's value at both, and scores the cut episode too (not by max_mc,
 import contextlib
 import csv
 import ctypes
+import datetime
 import difflib
-import hashlib
 import importlib.util
 import io
 import itertools
 import json
 import math
 import os
-import pickle
+import signal
 import sys
+import threading
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
 import torch
+import torch.distributed as dist
 import tyro
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
 from torch import Tensor, nn, optim
+from torch.utils.data import default_convert
 from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
@@ -93,6 +100,10 @@ NAMED_MAZES = {  # name -> (height, width) characters
 }
 
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
+FORMAT = "ppo_robust_plr_minigrid 1"  # of checkpoint.pt
+RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
+# what may change when a run is resumed, because it does not change the run
+FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track resume evaluate".split()
 # Levels (the seeds of resets) below are for training, those from here on for evaluation.
 FIRST_TEST_LEVEL = 2**30
 State = tuple[Tensor, Tensor]  # of the LSTM: h and c, (N, 256) float32
@@ -102,107 +113,66 @@ Obs = dict[str, Tensor]  # "image" (N, height, width, 3) uint8 and "direction" (
 @dataclass
 class Args:
     # Experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]
-    """part of the default run directory's name"""
-    seed: int = 1
-    """decides everything random; evaluation has random streams of its own"""
-    torch_deterministic: bool = True
-    """choose deterministic kernels; the CPU's always are"""
-    cuda: bool = True
-    """train on the GPU if there is one"""
-    track: bool = False
-    """also log to Weights and Biases (pip install wandb; WANDB_PROJECT and WANDB_ENTITY name the project and team)"""
-    run_dir: str | None = None
-    """where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given"""
-    checkpoint_interval: int = 50
-    """iterations between checkpoints (0: only at the end)"""
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # part of the default run directory's name
+    seed: int = 1  # decides everything random; evaluation has random streams of its own
+    torch_deterministic: bool = True  # choose deterministic kernels; the CPU's always are
+    cuda: bool = True  # train on the GPU if there is one
+    track: bool = False  # also log to Weights and Biases; WANDB_PROJECT and WANDB_ENTITY name the project and team
+    run_dir: str | None = None  # where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given
+    checkpoint_interval: int = 50  # iterations between checkpoints (0: only at the start and the end)
+    resume: str | None = None  # continue the run in this directory exactly, with its flags; --total-timesteps may grow
 
     # Environment
-    env_id: str = "maze"
-    """maze: random mazes as tensors. Or a registered MiniGrid environment, whose levels are its reset seeds"""
-    num_walls: int = 25
-    """wall blocks placed in a maze, with replacement (60 with --vary-num-walls is the ACCEL paper's setting)"""
-    vary_num_walls: bool = False
-    """draw each maze's number of blocks uniformly from 0 to --num-walls"""
-    maze_size: int = 15
-    """cells along a side of a maze, border included"""
-    max_steps: int = 250
-    """time limit of an episode in a maze; registered environments keep theirs"""
+    env_id: str = "maze"  # random mazes as tensors, or a registered MiniGrid environment, with levels = reset seeds
+    num_walls: int = 25  # wall blocks placed in a maze, with replacement (the ACCEL paper: 60 with --vary-num-walls)
+    vary_num_walls: bool = False  # draw each maze's number of blocks uniformly from 0 to --num-walls
+    maze_size: int = 15  # cells along a side of a maze, border included
+    max_steps: int = 250  # time limit of an episode in a maze; registered environments keep theirs
 
     # PPO (dcd's 25-block configurations)
-    total_timesteps: int = 250_000_000
-    """environment steps of the whole run, new levels included, rounded down to full iterations"""
-    learning_rate: float = 1e-4
-    """of Adam"""
-    num_envs: int = 32
-    """environments played side by side"""
-    num_steps: int = 256
-    """steps of each environment per rollout: at least the time limit, so that every rollout finishes episodes"""
-    anneal_lr: bool = False
-    """let the learning rate fall linearly to 0"""
-    gamma: float = 0.995
-    """discount"""
-    gae_lambda: float = 0.95
-    """lambda of the generalized advantage estimation"""
-    num_minibatches: int = 1
-    """minibatches per epoch, each of whole environments"""
-    update_epochs: int = 5
-    """epochs per rollout"""
-    clip_coef: float = 0.2
-    """clip range of the policy ratio and of the value"""
-    ent_coef: float = 0.01
-    """weight of the entropy bonus (the 60-block configurations: 0)"""
-    vf_coef: float = 0.5
-    """weight of the value loss"""
-    max_grad_norm: float = 0.5
-    """bound on the norm of the gradient"""
-    target_kl: float | None = None
-    """stop an iteration's epochs once the approximate KL divergence exceeds this"""
-    bootstrap_timeouts: bool = False
-    """value the state in which a time limit or the rollout's end stops an episode, where the reference counts 0"""
+    total_timesteps: int = 250_000_000  # environment steps of the whole run, new levels included, in full iterations
+    learning_rate: float = 1e-4  # of Adam
+    num_envs: int = 32  # environments played side by side, on all GPUs together
+    num_steps: int = 256  # steps of each environment per rollout: at least the time limit, to finish episodes
+    anneal_lr: bool = False  # let the learning rate fall linearly to 0
+    gamma: float = 0.995  # discount
+    gae_lambda: float = 0.95  # lambda of the generalized advantage estimation
+    num_minibatches: int = 1  # minibatches per epoch, each of whole environments
+    update_epochs: int = 5  # epochs per rollout
+    clip_coef: float = 0.2  # clip range of the policy ratio and of the value
+    ent_coef: float = 0.01  # weight of the entropy bonus (the 60-block configurations: 0)
+    vf_coef: float = 0.5  # weight of the value loss
+    max_grad_norm: float = 0.5  # bound on the norm of the gradient
+    target_kl: float | None = None  # stop an iteration's epochs once the approximate KL divergence exceeds this
+    bootstrap_timeouts: bool = False  # at a time limit and the rollout's end, count the critic's value instead of 0
 
     # Robust PLR
-    curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
-    """robust_plr learns on replayed levels only, plr also on new ones; dr, domain randomisation, only has new ones"""
-    replay_prob: float = 0.5
-    """probability that a rollout replays levels from the buffer, once that is filled to --rho"""
-    buffer_size: int = 4000
-    """levels kept for replay"""
+    curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"  # learn on replayed levels, on all, on new ones only
+    replay_prob: float = 0.5  # probability that a rollout replays levels from the buffer, once that is filled to --rho
+    buffer_size: int = 4000  # levels kept for replay
     score: Literal[
         "max_mc", "positive_value_loss", "value_l1", "gae", "one_step_td_error", "policy_entropy", "least_confidence",
         "min_margin",
     ] = "max_mc"  # fmt: skip
     """learning potential of a level, averaged over an episode's steps; the formulas are at "level scores" below"""
-    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"
-    """from scores to replay probabilities (PLR's h)"""
-    temperature: float = 0.1
-    """of the transform (PLR's beta): lower is greedier"""
-    staleness_coef: float = 0.3
-    """share of replay by staleness (PLR's rho)"""
+    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # PLR's h
+    temperature: float = 0.1  # of the transform (PLR's beta): lower is greedier
+    staleness_coef: float = 0.3  # share of replay by staleness (PLR's rho)
     replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
     """replay with the probability of the buffer's fill, at most --replay-prob, or with --replay-prob from --rho on"""
-    rho: float = 0.5
-    """fill of the buffer before any level is replayed"""
-    nu: float | None = None
-    """probability of a rollout on new levels: another way to say 1 - replay_prob, as in the Procgen script"""
-    alpha: float = 1.0
-    """weight of a level's new score in its running mean (1: the last score counts)"""
+    rho: float = 0.5  # fill of the buffer before any level is replayed
+    nu: float | None = None  # probability of a rollout on new levels, 1 - replay_prob, as the Procgen script names it
+    alpha: float = 1.0  # weight of a level's new score in its running mean (1: the last score counts)
 
     # Evaluation
-    eval_interval: int = 250
-    """iterations between evaluations (0: only at the end)"""
-    eval_episodes: int = 100
-    """episodes in each evaluation environment"""
-    capture_video: bool = False
-    """write a GIF of an episode in each evaluation maze"""
-    evaluate: str | None = None
-    """only evaluate the run in this directory. Other flags default to that run's"""
+    eval_interval: int = 250  # iterations between evaluations (0: only at the end)
+    eval_episodes: int = 100  # episodes in each evaluation environment
+    capture_video: bool = False  # write a GIF of an episode in each evaluation maze
+    evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    """of the network. bf16 pays on GPUs and on CPUs with AMX or AVX512-BF16; tf32 is for NVIDIA GPUs"""
-    compile: bool = False
-    """torch.compile the mazes' step and the network's"""
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 pays on GPUs and on CPUs with AMX or AVX512-BF16
+    compile: bool = False  # torch.compile the mazes' step and the network's
 
     batch_size: int = field(init=False)
     num_iterations: int = field(init=False)
@@ -214,9 +184,10 @@ class Args:
             self.replay_prob = 1 - self.nu
 
 
-def refuse(reason: str) -> None:
-    print(f"error: {reason}", file=sys.stderr)
-    raise SystemExit(2)
+def refuse(reason: str, status: int = 2) -> None:
+    if RANK == 0 or status == 1:
+        print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(status)
 
 
 def check_args(args: Args) -> None:
@@ -236,7 +207,9 @@ def check_args(args: Args) -> None:
     require("gamma gae_lambda nu replay_prob staleness_coef rho", lambda x: 0 <= x <= 1, "between 0 and 1")
     require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
     require("maze_size", lambda x: 5 <= x <= 255, "between 5 and 255")
-    require("num_minibatches", lambda x: args.num_envs % x == 0, f"a divisor of --num-envs {args.num_envs}")
+    require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
+    n = args.num_envs // WORLD
+    require("num_minibatches", lambda x: n % x == 0, f"a divisor of the {n} of --num-envs that each process plays")
     first, why = args.batch_size, "--num-envs x --num-steps, the steps of one iteration"
     if args.curriculum == "robust_plr":
         require("replay_prob", lambda x: x > 0, "above 0: robust_plr learns from replayed levels only")
@@ -626,12 +599,14 @@ class Agent(nn.Module):
         h = torch.sigmoid(o) * torch.tanh(c)
         return h, (h, c)
 
-    def act(self, obs: Obs, state: State, weights: list[Tensor]) -> tuple[Any, ...]:
-        """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state."""
+    def act(self, obs: Obs, state: State, weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
+        """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state.
+
+        clocks (N, actions): exponential noise to draw with. The first to ring at rates p has probability p.
+        """
         hidden, state = self.step(obs, state, weights)
         logits = self.actor(hidden).log_softmax(-1)
-        # the first of exponential clocks with rates p to ring is drawn with probability p: multinomial without checks
-        action = (logits.exp() / torch.empty_like(logits).exponential_()).argmax(-1)
+        action = (logits.exp() / clocks).argmax(-1)
         return action, logits.gather(-1, action[:, None]).squeeze(-1), self.get_value(hidden), logits, state
 
     def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> Tensor:
@@ -679,6 +654,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films:
     """
     obs, _ = envs.reset(**reset)
     state = tuple(torch.zeros((envs.num_envs, 256), device=obs["direction"].device) for _ in range(2))
+    clocks = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=obs["direction"].device)
     playing, returns, weights = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), agent.step_weights()
 
     def shoot(which: np.ndarray) -> None:
@@ -687,7 +663,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films:
 
     while playing.any():
         shoot(playing)
-        action, _, _, _, state = agent.act(obs, state, weights)
+        action, _, _, _, state = agent.act(obs, state, weights, clocks.exponential_())
         obs, reward, terminations, truncations, _ = envs.step(action)
         returns += reward.cpu().numpy() * playing
         done = (terminations | truncations).cpu().numpy()
@@ -759,41 +735,31 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
 # ---- run directory --------------------------------------------------------------------------------------------------
 
 
-def plain(x: Any) -> Any:
-    """Nested state as tensors and Python values only, which torch.load(weights_only=True) reads back."""
-    if isinstance(x, dict):
-        return {key: plain(value) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return [plain(value) for value in x]
-    if isinstance(x, np.ndarray):
-        return torch.from_numpy(x.copy())
-    return x.item() if isinstance(x, np.generic) else x
-
-
 def fingerprint(state: Any) -> str:
     """SHA-256 of a nested state. Two runs with the same fingerprint are the same run."""
-    digest = hashlib.sha256()
-
-    def feed(x: Any) -> None:
-        if isinstance(x, dict):
-            feed([part for key in sorted(x, key=str) for part in (str(key), x[key])])
-        elif isinstance(x, list):
-            for part in x:
-                feed(part)
-        else:
-            digest.update(x.cpu().contiguous().numpy().tobytes() if isinstance(x, Tensor) else repr(x).encode())
-
-    feed(plain(state))
-    return digest.hexdigest()
+    parts = json.dumps(
+        default_convert(state), sort_keys=True, default=lambda x: sha256(np.ascontiguousarray(x.cpu())).hexdigest()
+    )
+    return sha256(parts.encode()).hexdigest()
 
 
 def write_file(path: Path, data: bytes) -> None:
     """A reader, or a crash, finds the old file or the new one and nothing in between."""
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    temporary = path.with_suffix(".tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)  # a part of it would keep a full disk full
+
+
+def save(path: Path, state: dict[str, Any]) -> None:
+    """Tensors and Python values only, which torch.load(weights_only=True) reads back: no file can run code."""
+    torch.save(default_convert(state), data := io.BytesIO())
+    write_file(path, data.getvalue())
 
 
 def append_row(path: Path, row: dict[str, Any]) -> None:
@@ -805,17 +771,46 @@ def append_row(path: Path, row: dict[str, Any]) -> None:
         table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
 
 
+def cut_rows(path: Path, global_step: int) -> None:
+    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will be written again."""
+    header, *lines = path.read_bytes().splitlines(keepends=True) if path.exists() else [b""]
+    kept = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= global_step]
+    write_file(path, (header + b"".join(kept)) if kept else b"")
+
+
 def make_run_dir(args: Args) -> Path:
-    run_dir = Path(args.run_dir or f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}")
+    default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    run_dir = Path(args.resume or args.run_dir or default)
     for name, kind in (("result.json", "a finished"), ("progress.csv", "an unfinished")):
-        if (run_dir / name).exists():
-            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory.")
+        if RANK == 0 and not args.resume and (run_dir / name).exists():
+            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory, or --resume {run_dir}.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
-        (run_dir / "args.json").write_text(json.dumps(asdict(args), indent=2) + "\n")
+        if RANK == 0:
+            write_file(run_dir / "args.json", json.dumps(asdict(args), indent=2).encode())
     except OSError as error:
         refuse(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
     return run_dir
+
+
+def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
+    """The flags of the run in --evaluate or --resume RUN_DIR, changed by the command line; its checkpoint."""
+    try:
+        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
+        if checkpoint["format"] != FORMAT:
+            raise ValueError(f"the format of its checkpoint is {checkpoint['format']!r}, this script's is {FORMAT!r}")
+        saved = {f.name: checkpoint["args"][f.name] for f in fields(Args) if f.init and f.name in checkpoint["args"]}
+        defaults = Args(**saved)
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        refuse(f"--{flag} {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+    args = replace(tyro.cli(Args, default=defaults))  # tyro would keep the derived sizes
+    if flag == "resume":
+        for name, value in saved.items():
+            if getattr(args, name) != value and name not in FREE_ON_RESUME:
+                refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be {value}, as in the run to resume.")
+        if args.num_iterations <= checkpoint["iteration"]:
+            refuse(f"--total-timesteps {args.total_timesteps} must be raised: {run_dir} is finished.")
+    return args, checkpoint
 
 
 def choose_device(args: Args) -> torch.device:
@@ -824,8 +819,12 @@ def choose_device(args: Args) -> torch.device:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
     # cuDNN would use TF32 by default: fp32 means fp32 here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
-    if args.cuda and torch.cuda.is_available():
-        return torch.device("cuda")
+    cuda = args.cuda and torch.cuda.is_available()
+    if WORLD > 1:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+    if cuda:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", torch.cuda.current_device())
     with contextlib.suppress(AttributeError, OSError):
         # glibc hands every large tensor back to the kernel and gets it again page by page: keeping the memory
         # (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) makes the update up to twice as fast.
@@ -835,20 +834,13 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cpu")
 
 
-def evaluate_run(args: Args) -> None:
+def evaluate_run(run_dir: Path) -> None:
     """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    run_dir = Path(args.evaluate)
-    try:
-        saved = json.loads((run_dir / "args.json").read_text())
-        saved = {f.name: saved[f.name] for f in fields(Args) if f.init and f.name in saved}
-        args = tyro.cli(Args, default=Args(**saved))
-        check_args(args)
-        device = choose_device(args)
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location=device, weights_only=True)
-        agent = Agent(make_envs(args, 1, device), args.precision).to(device)
-        agent.load_state_dict(checkpoint["agent"])
-    except (EOFError, OSError, ValueError, KeyError, TypeError, RuntimeError, pickle.UnpicklingError) as error:
-        refuse(f"--evaluate {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
+    args, checkpoint = load_run("evaluate", run_dir)
+    check_args(args)
+    device = choose_device(args)
+    agent = Agent(make_envs(args, 1, device), args.precision).to(device)
+    agent.load_state_dict(checkpoint["agent"])
     name = f"evaluation_{int(time.time())}"
     result = evaluate(agent, args, device, run_dir / "videos" / name if args.capture_video else None)
     write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())
@@ -856,30 +848,69 @@ def evaluate_run(args: Args) -> None:
     print(f"{args.eval_episodes} episodes in each environment, every one in {run_dir / name}.json")
 
 
+# ---- several processes (torchrun) -----------------------------------------------------------------------------------
+# A rank plays its part of the environments. Rewards, ends of episodes and values are shared, and from there on every
+# rank does the same for all N environments: GAE, scores, curriculum. Gradients are added up.
+
+
+def share(x: Tensor) -> Tensor:
+    """(..., n) of this rank's environments -> (..., N) of all ranks'."""
+    if WORLD == 1:
+        return x
+    parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
+    dist.all_gather(parts, x.contiguous())
+    return torch.cat(parts, dim=-1)
+
+
+def add_gradients(agent: nn.Module) -> None:
+    if WORLD > 1:
+        gradients = [p.grad for p in agent.parameters()]
+        dist.all_reduce(flat := torch.cat([x.reshape(-1) for x in gradients]))  # one message
+        for x, total in zip(gradients, flat.split([x.numel() for x in gradients])):
+            x.copy_(total.view(x.shape))
+
+
 # ---- training -------------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
-    args = tyro.cli(Args)
+    args, checkpoint = tyro.cli(Args), None
     if args.evaluate:
-        return evaluate_run(args)
+        return evaluate_run(Path(args.evaluate))
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.run_dir:  # torchrun --max-restarts
+        args.resume = args.resume or args.run_dir
+    if args.resume:
+        args, checkpoint = load_run("resume", Path(args.resume))
     check_args(args)
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)
+    threading.excepthook = lambda _: None  # TensorBoard's: what its writing thread meets, the next write says
+    try:
+        train(args, run_dir, checkpoint)
+    except Exception as error:  # a full disk, a dead environment, a loss that is not finite
+        with contextlib.suppress(OSError):
+            (run_dir / f"error_{RANK}.txt").write_text(traceback.format_exc())
+        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
+        refuse(f"{what}. {run_dir}/error_{RANK}.txt has details; to go on: --resume {run_dir}", status=1)
 
+
+def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     # ==== setup ====
-    if args.track:
-        import wandb
+    if RANK == 0:
+        if args.track:
+            import wandb
 
-        wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
-    writer = SummaryWriter(run_dir)
-    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
+        writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
+        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     device = choose_device(args)
     device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     torch.manual_seed(args.seed)  # network, actions, minibatches; sampler and evaluation have streams of their own
-    envs = make_envs(args, args.num_envs, device)
+    T, N, n = args.num_steps, args.num_envs, args.num_envs // WORLD
+    here = slice(RANK * n, (RANK + 1) * n)  # this rank's environments: all N of them without torchrun
+    envs = make_envs(args, n, device)
     agent = Agent(envs, args.precision).to(device)
     act = torch.compile(agent.act) if args.compile else agent.act
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
@@ -888,18 +919,16 @@ def main() -> None:
     plr = {"buffer_size": args.buffer_size, "nu": 1 - args.replay_prob}  # dr has no buffer: every level is a new one
     sampler = LevelSampler(**options, **({"curriculum": "uniform"} if args.curriculum == "dr" else plr))
 
-    # ==== storage: T = num_steps, N = num_envs ====
-    T, N, num_actions = args.num_steps, args.num_envs, int(envs.single_action_space.n)
-    images = torch.zeros((T, N) + envs.single_observation_space["image"].shape, dtype=torch.uint8, device=device)
-    directions, actions = torch.zeros((2, T, N), dtype=torch.int64, device=device)
-    logprobs, rewards, values = torch.zeros((3, T, N), device=device)
-    logits = torch.zeros((T, N, num_actions), device=device)  # float32, normalised log-probabilities
+    # ==== storage: T = num_steps, N = num_envs, n of them on this rank ====
+    num_actions = int(envs.single_action_space.n)
+    images = torch.zeros((T, n) + envs.single_observation_space["image"].shape, dtype=torch.uint8, device=device)
+    directions, actions = torch.zeros((2, T, n), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((T, n), device=device)
+    logits = torch.zeros((T, n, num_actions), device=device)  # float32, normalised log-probabilities
+    rewards, values = torch.zeros((2, T, N), device=device)  # float32
     dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
-
-    global_step, totals = 0, {"gradient_updates": 0, "untrained_steps": 0}
-    start_time, train_seconds, evaluation = time.time(), 0.0, None  # train_seconds: without evaluation and checkpoints
-    shown_at, recent = (0, 0.0), []  # at the last printed line: steps, train_seconds; returns since
+    clocks = torch.zeros((N, num_actions), device=device)  # noise that decides the actions, the same on every rank
 
     def run_state() -> dict[str, Any]:
         """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
@@ -907,10 +936,58 @@ def main() -> None:
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
         return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
-    why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
-    print(f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True)
+    def mean(x: Tensor) -> Tensor:
+        """This rank's part of the mean over a minibatch of all ranks."""
+        return x.sum() / (args.batch_size // args.num_minibatches)
 
-    for iteration in range(1, args.num_iterations + 1):
+    def save_checkpoint() -> None:
+        """Every rollout starts fresh episodes, so there are no environments to save."""
+        state = run_state()
+        mark = torch.tensor([int(fingerprint(state)[:15], 16)])
+        if (share(mark) != mark).any():
+            raise RuntimeError(f"the ranks' states differ after iteration {iteration}")
+        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step, "totals": totals}
+        if RANK == 0:
+            save(run_dir / "checkpoint.pt", state | {"iteration": iteration, "args": asdict(args), "format": FORMAT})
+
+    def require_finite(x: Tensor, what: str) -> None:
+        """Ends the run, with what led there in a file; the last checkpoint is from before."""
+        if not x.isfinite().all():
+            rollout = {"images": images, "directions": directions, "actions": actions, "logprobs": logprobs}
+            rollout |= {"rewards": rewards, "values": values, "levels": levels, "agent": agent.state_dict()}
+            save(run_dir / f"failed_{RANK}.pt", rollout)
+            raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
+
+    # ==== start or resume ====
+    iteration, global_step, train_seconds, start_time = 0, 0, 0.0, time.time()  # train_seconds: without evaluation
+    totals = {"gradient_updates": 0, "untrained_steps": 0}
+    if checkpoint:
+        for name, part in (("agent", agent), ("optimizer", optimizer), ("sampler", sampler)):
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        iteration, global_step, (seconds, train_seconds) = map(checkpoint.get, ("iteration", "global_step", "seconds"))
+        start_time, totals = start_time - seconds, checkpoint["totals"]
+        for name in ("progress.csv", "evaluations.csv") if RANK == 0 else ():
+            cut_rows(run_dir / name, global_step)
+        (run_dir / "result.json").unlink(missing_ok=True)
+
+    stopped: list[int] = []  # signals: the first ends the run after its iteration, a second one at once
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL))
+    if not checkpoint:
+        save_checkpoint()
+    if RANK == 0:
+        why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
+        print(
+            f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True
+        )
+    shown_at, recent = (global_step, train_seconds), []  # at the last printed line; returns since
+    evaluation, stopping = None, False
+
+    while iteration < args.num_iterations and not stopping:
+        iteration += 1
         iteration_start = time.time()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
@@ -921,9 +998,9 @@ def main() -> None:
         # d = 0: a new level from the generator for each environment. d = 1: a level each from the buffer, by P_replay
         sampler.drop(next_done := np.ones(N, bool))  # the episodes that the last rollout cut off
         next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
-        next_obs, _ = envs.reset(seed=next_levels.tolist())
+        next_obs, _ = envs.reset(seed=next_levels[here].tolist())
         # collect the trajectories
-        lstm_state = tuple(torch.zeros((N, 256), device=device) for _ in range(2))
+        lstm_state = tuple(torch.zeros((n, 256), device=device) for _ in range(2))
         step_weights = agent.step_weights()
         episode_return, episode_length = np.zeros(N), np.zeros(N, np.int64)
         finished: list[tuple[float, int]] = []  # (return, length) of the episodes that ended
@@ -933,42 +1010,44 @@ def main() -> None:
             dones[step] = next_done
             levels[step] = next_levels
             with torch.no_grad():
-                action, logprobs[step], values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights)
-            actions[step] = action
+                noise = clocks.exponential_()[here]
+                action, logprobs[step], value, logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
+            actions[step], values[step, here] = action, value
             next_obs, reward, terminations, truncations, _ = envs.step(action)
-            rewards[step] = reward
-            done = terminations | truncations
-            transfer = torch.stack((reward, done.float())).cpu().numpy()  # one per step
-            next_done = transfer[1] > 0
+            rewards[step, here] = reward
+            transfer = share(torch.stack((reward, (terminations | truncations).float()))).cpu().numpy()  # one per step
+            next_done = transfer[1] > 0  # (N,) bool, of all ranks
             episode_return += transfer[0]
             episode_length += 1
             if next_done.any():
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
                     with torch.no_grad():
                         final_value = agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0])
-                    rewards[step] += args.gamma * final_value * timeouts
+                    rewards[step, here] += args.gamma * final_value * timeouts
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
                 episode_return[next_done] = episode_length[next_done] = 0
                 # d = 0: the same level again. d = 1: another one from the buffer (after the last step too, as in dcd)
                 next_levels = sampler.next_levels(next_done, replay, None if replay else next_levels)
-                next_obs, _ = envs.reset(seed=next_levels.tolist(), options={"reset_mask": next_done})
-                keep = torch.from_numpy(~next_done).to(device)[:, None]
+                mask = {"reset_mask": next_done[here]}
+                next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options=mask)
+                keep = torch.from_numpy(~next_done[here]).to(device)[:, None]
                 lstm_state = tuple(x * keep for x in lstm_state)
 
         # ==== advantages (GAE) ====
         with torch.no_grad():
             ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
             ends = torch.from_numpy(ended).to(device, torch.float32)
-            next_value = torch.zeros(N, device=device)
+            rewards, values, next_value = share(rewards[:, here]), share(values[:, here]), torch.zeros(N, device=device)
             if args.bootstrap_timeouts:
-                next_value = agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0])
+                next_value = share(agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0]))
             next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
             deltas = rewards + args.gamma * next_values - values
             advantages, lastgaelam = torch.zeros_like(rewards), 0.0
             for t in reversed(range(args.num_steps)):
                 advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
             returns = advantages + values
+        require_finite(advantages, "an advantage")
 
         # ==== level scores (Algorithm 1: the score S and the buffer's update, neither of which needs the policy's) ====
         # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
@@ -985,57 +1064,65 @@ def main() -> None:
         elif args.score == "one_step_td_error":
             step_scores = deltas.abs()
         elif args.score == "policy_entropy":
-            step_scores = -(logits.exp() * logits).sum(-1) / math.log(num_actions)
+            step_scores = share(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
         elif args.score == "least_confidence":
-            step_scores = 1 - logits.exp().amax(-1)
+            step_scores = share(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
-            step_scores = 1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1)
+            step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
         cut_too = args.bootstrap_timeouts and args.score != "max_mc"
         sampler.update(levels, step_scores.cpu().numpy(), ended, score_tails=cut_too)
 
         # ==== optimise (PPO; Algorithm 1: if d = 1, update the policy) ====
         # Robust PLR learns nothing from new levels, so nothing is computed for them.
         learn = replay or args.curriculum != "robust_plr"
-        losses, updates = torch.zeros(6, device=device), 0  # summed over the minibatches, read once
+        losses, updates, M = torch.zeros(7, device=device), 0, args.num_minibatches  # summed, read once
         for _epoch in range(args.update_epochs if learn else 0):
-            for mb_envs in torch.randperm(N).split(N // args.num_minibatches):
-                mb_inds = mb_envs.to(device)
-                b_actions, b_logprobs, b_advantages, b_returns, b_values = (
-                    x[:, mb_inds].reshape(-1) for x in (actions, logprobs, advantages, returns, values)
-                )
+            # of every M environments in a row, each minibatch gets one: equally many of each rank
+            for mb_envs in (torch.rand(N // M, M).argsort(dim=1) + torch.arange(0, N, M)[:, None]).T:
+                b_advantages = advantages[:, mb_envs.to(device)]
+                b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
+                own = mb_envs // n == RANK
+                mb_inds, mb_envs = mb_envs[own].to(device), mb_envs[own]  # this rank's part of the minibatch
+                b_advantages = b_advantages[:, own.to(device)].reshape(-1)
+                b_returns, b_values = returns[:, mb_inds].reshape(-1), values[:, mb_inds].reshape(-1)
+                mb_inds = mb_inds - RANK * n
+                b_actions, b_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
                 hidden = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
                 newlogprob, entropy, newvalue = agent.evaluate_actions(hidden, b_actions)
                 logratio = newlogprob - b_logprobs
                 ratio = logratio.exp()
-                b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
                 pg_loss1 = -b_advantages * ratio
                 pg_loss2 = -b_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = torch.max(pg_loss1, pg_loss2).mean()
+                pg_loss = mean(torch.max(pg_loss1, pg_loss2))
                 v_change = (newvalue - b_values).clamp(-args.clip_coef, args.clip_coef)
                 v_loss_clipped = (b_values + v_change - b_returns) ** 2
-                v_loss = 0.5 * torch.max((newvalue - b_returns) ** 2, v_loss_clipped).mean()
-                entropy_loss = entropy.mean()
+                v_loss = 0.5 * mean(torch.max((newvalue - b_returns) ** 2, v_loss_clipped))
+                entropy_loss = mean(entropy)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
                 optimizer.zero_grad()
                 loss.backward()
-                nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+                add_gradients(agent)
+                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
                 optimizer.step()
                 with torch.no_grad():  # approx_kl: http://joschu.net/blog/kl-approx.html
-                    old_approx_kl, approx_kl = -logratio.mean(), ((ratio - 1) - logratio).mean()
-                    clipfrac = ((ratio - 1).abs() > args.clip_coef).float().mean()
-                    losses += torch.stack((v_loss, pg_loss, entropy_loss, old_approx_kl, approx_kl, clipfrac)).detach()
+                    old_approx_kl, approx_kl = mean(-logratio), mean((ratio - 1) - logratio)
+                    clipfrac = mean(((ratio - 1).abs() > args.clip_coef).float())
+                    parts = (v_loss, pg_loss, entropy_loss, old_approx_kl, approx_kl, clipfrac, grad_norm / WORLD)
+                    losses += torch.stack(parts).detach()
                     updates += 1
-            if args.target_kl is not None and approx_kl > args.target_kl:
+            if args.target_kl is not None and share(approx_kl[None]).sum() > args.target_kl:
                 break
+
         totals["gradient_updates"] += updates
         totals["untrained_steps"] += 0 if learn else args.batch_size
 
         # ==== log ====
-        losses = (losses / updates if updates else losses * math.nan).tolist()  # waits for the device
+        losses = share(losses[:, None]).sum(-1) / max(updates, 1)
+        require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
         curriculum = sampler.metrics() | level_metrics(args, sampler, levels, replay)
         seconds = time.time() - iteration_start
         train_seconds += seconds
-        names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac")
+        names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
         mean_return, mean_length = np.mean(finished, axis=0).tolist() if finished else (math.nan, math.nan)
         row = {
             "charts/episodic_return": mean_return,
@@ -1045,21 +1132,22 @@ def main() -> None:
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / seconds,
             **{f"charts/{name}": value for name, value in totals.items()},
-            **{f"losses/{name}": value for name, value in zip(names, losses)},
+            **{f"losses/{name}": value if updates else math.nan for name, value in zip(names, losses.tolist())},
             "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
             "curriculum/replay": int(replay),
             **{f"curriculum/{name}": value for name, value in curriculum.items()},
         }
-        for key, value in row.items():
-            if not math.isnan(value):
-                writer.add_scalar(key, value, global_step)
         columns = {key.split("/")[1]: value for key, value in row.items()}
         when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
-        append_row(run_dir / "progress.csv", when | columns)
+        if RANK == 0:
+            for key, value in row.items():
+                if not math.isnan(value):
+                    writer.add_scalar(key, value, global_step)
+            append_row(run_dir / "progress.csv", when | columns)
 
         # ==== evaluate ====
         last = iteration == args.num_iterations
-        if last or (args.eval_interval and iteration % args.eval_interval == 0):
+        if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
             video = run_dir / "videos" / f"step_{global_step}" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)
             scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
@@ -1070,13 +1158,11 @@ def main() -> None:
                 writer.add_image(f"levels/{name}", picture, global_step, dataformats="HWC")
 
         # ==== checkpoint ====
-        if last or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
-            state = run_state() | {"args": asdict(args), "iteration": iteration, "global_step": global_step} | totals
-            torch.save(plain(state), data := io.BytesIO())
-            write_file(run_dir / "checkpoint.pt", data.getvalue())
-
+        stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
+        if last or stopping or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
+            save_checkpoint()
         recent += [x for x, _ in finished]
-        if last or iteration == 1 or train_seconds - shown_at[1] > 10:
+        if RANK == 0 and (last or iteration == 1 or train_seconds - shown_at[1] > 10):
             left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
             pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
             line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
@@ -1085,13 +1171,20 @@ def main() -> None:
             print(line + (f" | evaluation: solved {evaluation['solved_mean']:.2f}" if evaluation else ""), flush=True)
             shown_at, recent = (global_step, train_seconds), []
 
+    envs.close()
+    if WORLD > 1:
+        dist.destroy_process_group()
+    if RANK > 0:
+        return
+    writer.close()
+    if stopping:
+        print(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {run_dir}", flush=True)
+        raise SystemExit(130 if signal.SIGINT in stopped else 0)
     result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
     result |= totals | {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
-    result |= {"device": device_name, "torch": torch.__version__, "fingerprint": fingerprint(run_state())}
-    result["evaluation"] = evaluation
+    result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}
+    result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
     write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
-    envs.close()
-    writer.close()
     print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)
 
 

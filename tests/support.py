@@ -12,7 +12,11 @@ import numpy as np
 import pytest
 import torch
 
+import ppo_plr_procgen
+import ppo_robust_plr_minigrid
+
 ROOT = Path(__file__).parent.parent
+SCRIPTS = ppo_plr_procgen, ppo_robust_plr_minigrid
 TINY = {  # flags of a whole run of a few seconds
     "ppo_plr_procgen": "--env-id fruitbot --num-envs 4 --num-steps 32 --num-minibatches 2 --update-epochs 1"
     " --total-timesteps 384 --num-levels 5 --eval-episodes 2",

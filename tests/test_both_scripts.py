@@ -10,12 +10,10 @@ from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
-from support import ROOT, TINY, assert_refused, assert_same_rows, result_of, rows, train
+from support import ROOT, SCRIPTS, TINY, assert_refused, assert_same_rows, result_of, rows, train
 
 import ppo_plr_procgen
 import ppo_robust_plr_minigrid
-
-SCRIPTS = ppo_plr_procgen, ppo_robust_plr_minigrid
 
 
 @pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
@@ -49,7 +47,7 @@ def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_thread
     assert_same_rows(finished_run(script) / "progress.csv", tmp_path / "again/progress.csv")
     evaluations = rows(tmp_path / "again/evaluations.csv")
     videos = sorted((tmp_path / "again/videos").rglob("*.gif"))
-    per_evaluation, size = (1, (3 * 128, 128)) if script is ppo_plr_procgen else (12, (120, 120))
+    per_evaluation, size = (1, (256, 256)) if script is ppo_plr_procgen else (12, (120, 120))
     assert len(evaluations) > 1 and len(videos) == per_evaluation * len(evaluations)
     with Image.open(videos[-1]) as video:
         assert video.n_frames > 5 and video.size == size
@@ -126,7 +124,7 @@ BAD = {
         "--env-id bigfish --distribution-mode memory": "--distribution-mode memory does not exist for bigfish",
         "--num-steps -3": "--num-steps -3 must be at least 1",
         "--num-minibatches 7": "--num-minibatches 7 must be a divisor of --num-envs x --num-steps = 16384",
-        "--num-minibatches 16384": "--num-minibatches 16384 must be less than",
+        "--num-minibatches 16384": "must be a divisor of --num-envs x --num-steps = 16384 and less than that",
         "--update-epochs 0": "--update-epochs 0 must be at least 1",
         "--eval-episodes 0": "--eval-episodes 0 must be at least 1",
         "--total-timesteps 16383": "--total-timesteps 16383 must be at least --num-envs x --num-steps = 16384",

@@ -208,7 +208,7 @@ class Table(nn.Module):
     def get_value(self, x):
         return self.network(x)[0]
 
-    def get_action_and_value(self, x, action=None):
+    def get_action_and_value(self, x, action=None, clocks=None):
         values, logits = self.network(x)
         probs = torch.distributions.Categorical(logits=logits)
         action = probs.sample() if action is None else action
@@ -293,8 +293,8 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
             super().__init__(*args)
             start.update(copy.deepcopy(self.state_dict()))
 
-        def get_action_and_value(self, x, action=None):
-            out = super().get_action_and_value(x, action)
+        def get_action_and_value(self, x, action=None, clocks=None):
+            out = super().get_action_and_value(x, action, clocks)
             if action is None:
                 calls.append((x.clone(), *(y.clone() for y in out)))
             return out
