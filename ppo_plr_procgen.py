@@ -441,7 +441,7 @@ def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
         defaults = Args(**saved)
     except Exception as error:  # whatever a damaged file makes of torch.load
         refuse(f"--{flag} {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
-    args = replace(tyro.cli(Args, default=defaults))  # tyro would keep the derived sizes
+    args = replace(tyro.cli(Args, default=defaults), **{flag: str(run_dir)})  # and derives the sizes anew
     if flag == "resume":
         for name, value in saved.items():
             if getattr(args, name) != value and name not in FREE_ON_RESUME:
@@ -457,7 +457,10 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     cuda = args.cuda and torch.cuda.is_available()
     if WORLD > 1:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", timeout=datetime.timedelta(hours=2))
+        backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(hours=2)
+        store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
+        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=wait)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())

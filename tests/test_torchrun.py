@@ -1,0 +1,135 @@
+"""Several processes, one run: gloo on the CPU, what every rank holds and how it compares with one process."""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from support import ROOT, SCRIPTS, TINY, assert_same_rows, main, result_of, rows
+
+import ppo_plr_procgen
+
+# Notes, for every rank, what it holds after each update; then starts the script.
+WRAPPER = """
+import os, sys
+sys.path.insert(0, {root!r})
+import {name} as s
+fingerprint = s.fingerprint
+def noting(state):
+    if "agent" in state:
+        with open(f"{notes}/{{s.WORLD}}_{{s.RANK}}", "a") as file:
+            print(fingerprint(state["sampler"]), fingerprint(state["agent"]), file=file)
+    return fingerprint(state)
+s.fingerprint = noting
+{prelude}
+s.main()
+"""
+
+
+@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
+def script(request):
+    return request.param
+
+
+def torchrun(processes: int, script, flags: str, directory, prelude: str = "", options: str = ""):
+    wrapper = directory / "wrapper.py"
+    wrapper.write_text(WRAPPER.format(root=str(ROOT), name=script.__name__, notes=directory, prelude=prelude))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    command += [*options.split(), str(wrapper), *flags.split()]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+
+
+NO_EVALUATION = "s.evaluate = lambda *_: {'train_return': 0.0, 'test_return': 0.0, 'solved_mean': 0.0, 'episodes': {}}"
+
+
+def assert_same_run_but_for_rounding(a, b) -> None:
+    for left, right in zip(rows(a / "progress.csv"), rows(b / "progress.csv"), strict=True):
+        for column in left.keys() - {"wall_seconds", "SPS"}:
+            assert left[column] == pytest.approx(right[column], rel=1e-3, abs=1e-5, nan_ok=True), column
+
+
+@pytest.fixture(scope="module")
+def played(tmp_path_factory):
+    """played(script, processes): the directory of a tiny run, `run`, and of what each rank noted, made once."""
+
+    @functools.cache
+    def played(script, processes):
+        directory = tmp_path_factory.mktemp("played")
+        flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {directory}/run"
+        done = torchrun(processes, script, flags, directory, NO_EVALUATION)
+        assert done.returncode == 0, done.stderr
+        return directory
+
+    return played
+
+
+@pytest.mark.parametrize("processes", [2, 4])
+def test_several_processes_play_the_run_of_one(processes, script, played, finished_run):
+    """The same levels in the same order, on every rank; parameters that differ by rounding; a ledger that balances."""
+    directory, run_dir = played(script, processes), played(script, processes) / "run"
+    notes = [(directory / f"{processes}_{rank}").read_text().splitlines() for rank in range(processes)]
+    progress = rows(run_dir / "progress.csv")
+    assert all(note[: len(progress) + 1] == notes[0][: len(progress) + 1] for note in notes)
+    assert len(set(notes[0])) == len(progress) + 1  # the start, and after each iteration
+    assert result_of(run_dir)["processes"] == processes
+    for row in progress:
+        assert row["started"] == row["completed"] + row["in_progress"] + row["dropped"] and row["in_progress"] == 4
+    assert_same_run_but_for_rounding(run_dir, finished_run(script))
+
+
+@pytest.mark.parametrize("more, updates", [("", 4), ("--num-minibatches 1 --target-kl 1e-9 --update-epochs 3", 2)])
+def test_the_first_updates_parameters_are_those_of_one_process(more, updates, script, monkeypatch, tmp_path):
+    """Two epochs of two minibatches; or one minibatch and three epochs, of which all ranks leave out the last."""
+    flags = f"{TINY[script.__name__]} --update-epochs 2 --num-minibatches 2 --score policy_entropy "
+    if script is ppo_plr_procgen:
+        flags += f"--total-timesteps 128 {more}"
+    else:  # plr learns at once
+        flags += f"--curriculum plr --total-timesteps 96 --bootstrap-timeouts {more}"
+    main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/1")
+    done = torchrun(2, script, f"{flags} --run-dir {tmp_path}/2", tmp_path, NO_EVALUATION)
+    assert done.returncode == 0, done.stderr
+    one, two = (torch.load(tmp_path / f"{k}/checkpoint.pt", weights_only=True) for k in (1, 2))
+    for name, parameter in one["agent"].items():
+        torch.testing.assert_close(two["agent"][name], parameter, rtol=0, atol=1e-5)
+    for name, array in one["sampler"]["arrays"].items():
+        np.testing.assert_allclose(two["sampler"]["arrays"][name], array, rtol=1e-4, atol=1e-5)
+    assert one["optimizer"]["state"][0]["step"] == two["optimizer"]["state"][0]["step"] == updates
+
+
+def test_a_killed_rank_restarts_the_group_from_the_checkpoint(script, played, tmp_path):
+    kill = f"""
+{NO_EVALUATION}
+share, calls = s.share, []
+def dying(x):
+    calls.append(0)
+    if len(calls) == 100 and s.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+        os.kill(os.getpid(), 9)
+    return share(x)
+s.share = dying"""
+    flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {tmp_path}/run"
+    done = torchrun(2, script, flags, tmp_path, kill, "--max-restarts=1")
+    assert done.returncode == 0 and "exitcode: -9" in done.stderr, done.stderr
+    whole = played(script, 2) / "run"
+    assert result_of(tmp_path / "run")["fingerprint"] == result_of(whole)["fingerprint"]
+    assert_same_rows(tmp_path / "run/progress.csv", whole / "progress.csv")
+
+
+def test_a_run_may_resume_on_another_number_of_processes(script, finished_run, monkeypatch, tmp_path):
+    flags = TINY[script.__name__]
+    steps = int(re.search(r"--total-timesteps (\d+)", flags)[1])
+    main(script, monkeypatch, f"{flags} --total-timesteps {2 * steps // 3} --run-dir {tmp_path}/run")
+    flags = f"--resume {tmp_path}/run --total-timesteps {steps}"
+    done = torchrun(2, script, flags, tmp_path, NO_EVALUATION)
+    assert done.returncode == 0, done.stderr
+    assert_same_run_but_for_rounding(tmp_path / "run", finished_run(script))
+
+
+def test_bad_input_is_refused_once(script, tmp_path):
+    done = torchrun(2, script, "--num-envs 3", tmp_path)
+    expected = "error: --num-envs 3 must be a multiple of torchrun's 2 processes.\n"
+    assert done.returncode != 0 and done.stderr.count(expected) == 1
