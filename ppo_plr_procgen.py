@@ -18,7 +18,6 @@ timeout is a terminal state here. README.md lists the logged keys and every devi
 import contextlib
 import csv
 import ctypes
-import datetime
 import difflib
 import functools
 import importlib.util
@@ -50,22 +49,15 @@ from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
 
-# (R_min, R_max) for easy and hard mode, to normalise returns: Cobbe et al. 2020 (arXiv 1912.01588), appendix C
-RETURN_RANGE = {
-    "bigfish": ((1, 40), (0, 40)), "bossfight": ((0.5, 13), (0.5, 13)), "caveflyer": ((3.5, 12), (2, 13.4)),
-    "chaser": ((0.5, 13), (0.5, 14.2)), "climber": ((2, 12.6), (1, 12.6)), "coinrun": ((5, 10), (5, 10)),
-    "dodgeball": ((1.5, 19), (1.5, 19)), "fruitbot": ((-1.5, 32.4), (-0.5, 27.2)), "heist": ((3.5, 10), (2, 10)),
-    "jumper": ((3, 10), (1, 10)), "leaper": ((3, 10), (1.5, 10)), "maze": ((5, 10), (4, 10)),
-    "miner": ((1.5, 13), (1.5, 20)), "ninja": ((3.5, 10), (2, 10)), "plunder": ((4.5, 30), (3, 30)),
-    "starpilot": ((2.5, 64), (1.5, 35)),
-}  # fmt: skip
-GAMES_WITH_MODE = {
-    "easy": tuple(RETURN_RANGE), "hard": tuple(RETURN_RANGE), "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
-    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
-}  # fmt: skip
+GAMES = (
+    "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze miner ninja".split()
+)
+GAMES += ["plunder", "starpilot"]
+GAMES_WITH_MODE = {"easy": GAMES, "hard": GAMES, "extreme": "chaser dodgeball leaper starpilot".split()}
+GAMES_WITH_MODE["memory"] = "caveflyer dodgeball heist jumper maze miner".split()
 FORMAT = "ppo_plr_procgen 1"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-# what may change when a run is resumed, because it does not change the run
+# flags that --resume takes anew: they do not change the run
 FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track env_threads resume evaluate".split()
 # Levels below are for training, those from here to 2**31 - 1 for testing: no run can train on a test level.
 FIRST_TEST_LEVEL = 2**30
@@ -85,8 +77,7 @@ class Args:
 
     # Environment
     env_id: str = "starpilot"  # one of the 16 Procgen games
-    distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"
-    """Procgen's difficulty. The paper's hard setting: --num-levels 500 --num-envs 128 --total-timesteps 200000000"""
+    distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"  # Procgen's difficulty
     num_levels: int = 200  # size of the training set of levels (0: no bound, for --curriculum uniform or sequential)
     start_level: int = 0  # the first training level
     env_threads: int = 0  # Procgen's worker threads (0: one per CPU core). The result does not depend on it
@@ -154,9 +145,9 @@ def refuse(reason: str, status: int = 2) -> None:
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work, with one sentence and exit status 2."""
-    if args.env_id not in RETURN_RANGE:
-        near = difflib.get_close_matches(args.env_id, RETURN_RANGE, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(RETURN_RANGE)}."
+    if args.env_id not in GAMES:
+        near = difflib.get_close_matches(args.env_id, GAMES, n=3, cutoff=0.5)
+        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(GAMES)}."
         refuse(f"--env-id {args.env_id} is not a Procgen game: {hint}")
     if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
         modes = ", ".join(mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games)
@@ -271,12 +262,6 @@ def evaluation_levels(args: Args) -> np.ndarray:
 # ---- network --------------------------------------------------------------------------------------------------------
 
 
-def layer_init(layer: nn.Linear, std: float) -> nn.Linear:
-    torch.nn.init.orthogonal_(layer.weight, std)
-    torch.nn.init.constant_(layer.bias, 0.0)
-    return layer
-
-
 class ResidualBlock(nn.Module):
     def __init__(self, channels: int):
         super().__init__()
@@ -291,10 +276,8 @@ class ConvSequence(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
-            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
-            ResidualBlock(out_channels),
-            ResidualBlock(out_channels),
-        )
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1), ResidualBlock(out_channels), ResidualBlock(out_channels),
+        )  # fmt: skip
 
 
 class Agent(nn.Module):
@@ -306,8 +289,10 @@ class Agent(nn.Module):
             ConvSequence(c, 16), ConvSequence(16, 32), ConvSequence(32, 32), nn.Flatten(), nn.ReLU(),
             nn.Linear(32 * math.ceil(h / 8) * math.ceil(w / 8), 256), nn.ReLU(),
         )  # fmt: skip
-        self.actor = layer_init(nn.Linear(256, envs.single_action_space.n), std=0.01)
-        self.critic = layer_init(nn.Linear(256, 1), std=1.0)
+        self.actor, self.critic = nn.Linear(256, envs.single_action_space.n), nn.Linear(256, 1)
+        for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
+            nn.init.orthogonal_(layer.weight, std)
+            nn.init.constant_(layer.bias, 0.0)
 
     def hidden(self, x: Tensor) -> Tensor:
         """(B, 64, 64, 3) uint8 -> (B, 256) float32. The heads after it are always float32."""
@@ -318,13 +303,11 @@ class Agent(nn.Module):
         return self.critic(self.hidden(x)).flatten()
 
     def get_action_and_value(self, x: Tensor, action: Tensor | None = None, clocks: Tensor | None = None) -> tuple:
-        """x (B, 64, 64, 3) uint8 -> action, log-probability, entropy, value (B,) and logits (B, actions).
-
-        clocks (B, actions): exponential noise to draw with. The first to ring at rates p has probability p.
-        """
+        """x (B, 64, 64, 3) uint8 -> action, log-probability, entropy, value (B,) and logits (B, actions)."""
         hidden = self.hidden(x)
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
         if action is None:
+            # of clocks that ring after times of Exp(1) / p, the first is each with probability p
             action = probs.sample() if clocks is None else (probs.probs / clocks).argmax(-1)
         return action, probs.log_prob(action), probs.entropy(), self.critic(hidden).flatten(), probs.logits
 
@@ -333,11 +316,7 @@ class Agent(nn.Module):
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
-    """Plays every evaluation level exactly once to its end, stochastic policy, raw returns, own random stream.
-
-    test_return_normalized is (R - R_min) / (R_max - R_min) with Procgen's constants (easy and hard mode). The paper's
-    normalised score divides test_return by the uniform baseline's mean of the same game: benchmarks/ does that.
-    """
+    """Plays every evaluation level exactly once to its end, stochastic policy, raw returns, own random stream."""
     levels = evaluation_levels(args)
     returns, frames = np.zeros(len(levels)), []
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
@@ -364,9 +343,6 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
         result[f"{name}_return"], result[f"{name}_return_std"] = float(returns[part].mean()), float(returns[part].std())
         result["episodes"] |= {f"{name}_levels": levels[part].tolist(), f"{name}_returns": returns[part].tolist()}
     result["generalization_gap"] = result["train_return"] - result["test_return"]
-    if args.distribution_mode in ("easy", "hard"):
-        low, high = RETURN_RANGE[args.env_id][args.distribution_mode == "hard"]
-        result["test_return_normalized"] = (result["test_return"] - low) / (high - low)
     return result
 
 
@@ -375,38 +351,21 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
 
 def fingerprint(state: Any) -> str:
     """SHA-256 of a nested state. Two runs with the same fingerprint are the same run."""
-    parts = json.dumps(
-        default_convert(state), sort_keys=True, default=lambda x: sha256(np.ascontiguousarray(x.cpu())).hexdigest()
-    )
-    return sha256(parts.encode()).hexdigest()
+    state = default_convert(state)
+    text = json.dumps(state, sort_keys=True, default=lambda x: sha256(x.cpu().numpy().tobytes()).hexdigest())
+    return sha256(text.encode()).hexdigest()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """A reader, or a crash, finds the old file or the new one and nothing in between."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a part of it would keep a full disk full
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Tensors and Python values only, which torch.load(weights_only=True) reads back: no file can run code."""
-    torch.save(default_convert(state), data := io.BytesIO())
-    write_file(path, data.getvalue())
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a CSV file; the first row makes the header."""
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, list(row))
-        if file.tell() == 0:
-            table.writeheader()
-        table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+def write_file(path: Path, content: Any) -> None:
+    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or the new one."""
+    if path.suffix == ".pt":
+        torch.save(default_convert(content), buffer := io.BytesIO())
+        content = buffer.getvalue()
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def cut_rows(path: Path, global_step: int) -> None:
@@ -425,7 +384,7 @@ def make_run_dir(args: Args) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
-            write_file(run_dir / "args.json", json.dumps(asdict(args), indent=2).encode())
+            write_file(run_dir / "args.json", asdict(args))
     except OSError as error:
         refuse(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
     return run_dir
@@ -457,10 +416,9 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     cuda = args.cuda and torch.cuda.is_available()
     if WORLD > 1:
-        backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(hours=2)
         store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=wait)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -473,16 +431,14 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cpu")
 
 
-def evaluate_run(run_dir: Path) -> None:
+def evaluate_run(args: Args, weights: dict[str, Tensor]) -> None:
     """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    args, checkpoint = load_run("evaluate", run_dir)
-    check_args(args)
+    run_dir, name = Path(args.evaluate), f"evaluation_{int(time.time())}"
     device = choose_device(args)
     agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
-    agent.load_state_dict(checkpoint["agent"])
-    name = f"evaluation_{int(time.time())}"
+    agent.load_state_dict(weights)
     result = evaluate(agent, args, device, run_dir / "videos" / f"{name}.gif" if args.capture_video else None)
-    write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())
+    write_file(run_dir / f"{name}.json", result | {"args": asdict(args)})
     for key in ("train_return", "test_return"):
         print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} levels, once each")
     print(f"every episode: {run_dir / name}.json")
@@ -515,13 +471,13 @@ def add_gradients(agent: nn.Module) -> None:
 
 def main() -> None:
     args, checkpoint = tyro.cli(Args), None
-    if args.evaluate:
-        return evaluate_run(Path(args.evaluate))
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.run_dir:  # torchrun --max-restarts
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
         args.resume = args.resume or args.run_dir
-    if args.resume:
-        args, checkpoint = load_run("resume", Path(args.resume))
+    if args.evaluate or args.resume:
+        args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
     check_args(args)
+    if args.evaluate:
+        return evaluate_run(args, checkpoint["agent"])
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)
@@ -572,7 +528,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     rewards, values = torch.zeros((2, T, N), device=device)  # float32; rewards are normalised
     dones = torch.zeros((T, N), device=device)  # float32; dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
-    clocks = torch.zeros((N, num_actions), device=device)  # noise that decides the actions, the same on every rank
+    clocks = torch.zeros((N, num_actions), device=device)  # noise that decides actions, the same on every rank
     # of the episodes in progress: return, length; discounted return (for return_rms), scaled return (for max_mc)
     statistics = np.zeros((4, N))
     episode_return, episode_length, discounted_return, scaled_return = statistics
@@ -583,6 +539,19 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
         state["return_rms"] = [float(return_rms.mean), float(return_rms.var), float(return_rms.count)]
         return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
+
+    def log(path: Path, row: dict[str, Any]) -> None:
+        """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
+        for key, value in row.items():
+            if not math.isnan(value):
+                writer.add_scalar(key, value, global_step)
+        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
+        columns = when | {key.split("/")[1]: value for key, value in row.items()}
+        with open(path, "a", newline="") as file:
+            table = csv.DictWriter(file, list(columns))
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in columns.items()})
 
     def mean(x: Tensor) -> Tensor:
         """This rank's part of the mean over a minibatch of all ranks."""
@@ -597,15 +566,16 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         if WORLD > 1:
             dist.all_gather_object(env_states, env_states[0])
         state |= {"envs": env_states, "statistics": statistics}
-        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step}
+        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step, "format": FORMAT}
+        state |= {"iteration": iteration, "args": asdict(args)}
         if RANK == 0:
-            save(run_dir / "checkpoint.pt", state | {"iteration": iteration, "args": asdict(args), "format": FORMAT})
+            write_file(run_dir / "checkpoint.pt", state)
 
     def require_finite(x: Tensor, what: str) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
         if not x.isfinite().all():
             rollout = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": values}
-            save(run_dir / f"failed_{RANK}.pt", rollout | {"levels": levels, "agent": agent.state_dict()})
+            write_file(run_dir / f"failed_{RANK}.pt", rollout | {"levels": levels, "agent": agent.state_dict()})
             raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
 
     # ==== start or resume ====
@@ -763,35 +733,27 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
         seconds = time.time() - iteration_start
         train_seconds += seconds
-        explained_var = float(1 - (b_returns - b_values).var() / b_returns.var().clamp(min=1e-12))
         names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
+        mean_return, mean_length = np.mean(finished, axis=0).tolist() if finished else (math.nan, math.nan)
         row = {
-            "charts/episodic_return": float(np.mean([x for x, _ in finished])) if finished else math.nan,
-            "charts/episodic_length": float(np.mean([x for _, x in finished])) if finished else math.nan,
+            "charts/episodic_return": mean_return,
+            "charts/episodic_length": mean_length,
             "charts/episodes": len(finished),
             "charts/learning_rate": optimizer.param_groups[0]["lr"],
             "charts/SPS": args.batch_size / seconds,
             **{f"losses/{name}": value for name, value in zip(names, losses.tolist())},
-            "losses/explained_variance": explained_var,
+            "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
             **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
         }
-        columns = {key.split("/")[1]: value for key, value in row.items()}
-        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
         if RANK == 0:
-            for key, value in row.items():
-                if not math.isnan(value):
-                    writer.add_scalar(key, value, global_step)
-            append_row(run_dir / "progress.csv", when | columns)
+            log(run_dir / "progress.csv", row)
 
         # ==== evaluate ====
         last = iteration == args.num_iterations
         if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
             video = run_dir / "videos" / f"step_{global_step}.gif" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)
-            scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
-            for key, value in scalars.items():
-                writer.add_scalar(f"eval/{key}", value, global_step)
-            append_row(run_dir / "evaluations.csv", when | scalars)
+            log(run_dir / "evaluations.csv", {f"eval/{k}": x for k, x in evaluation.items() if k != "episodes"})
 
         # ==== checkpoint ====
         stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
@@ -821,7 +783,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     result |= {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
     result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}
     result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
-    write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    write_file(run_dir / "result.json", result)
     print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)
 
 

@@ -20,7 +20,6 @@ takes the critic's value at both, and scores the cut episode too (not by max_mc,
 import contextlib
 import csv
 import ctypes
-import datetime
 import difflib
 import importlib.util
 import io
@@ -102,7 +101,7 @@ NAMED_MAZES = {  # name -> (height, width) characters
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
 FORMAT = "ppo_robust_plr_minigrid 1"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-# what may change when a run is resumed, because it does not change the run
+# flags that --resume takes anew: they do not change the run
 FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track resume evaluate".split()
 # Levels (the seeds of resets) below are for training, those from here on for evaluation.
 FIRST_TEST_LEVEL = 2**30
@@ -208,8 +207,8 @@ def check_args(args: Args) -> None:
     require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
     require("maze_size", lambda x: 5 <= x <= 255, "between 5 and 255")
     require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
-    n = args.num_envs // WORLD
-    require("num_minibatches", lambda x: n % x == 0, f"a divisor of the {n} of --num-envs that each process plays")
+    parts = f"a divisor of --num-envs {args.num_envs}" + f" / {WORLD} processes" * (WORLD > 1)
+    require("num_minibatches", lambda x: args.num_envs // WORLD % x == 0, parts)
     first, why = args.batch_size, "--num-envs x --num-steps, the steps of one iteration"
     if args.curriculum == "robust_plr":
         require("replay_prob", lambda x: x > 0, "above 0: robust_plr learns from replayed levels only")
@@ -600,12 +599,10 @@ class Agent(nn.Module):
         return h, (h, c)
 
     def act(self, obs: Obs, state: State, weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
-        """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state.
-
-        clocks (N, actions): exponential noise to draw with. The first to ring at rates p has probability p.
-        """
+        """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state."""
         hidden, state = self.step(obs, state, weights)
         logits = self.actor(hidden).log_softmax(-1)
+        # of clocks that ring after times of Exp(1) / p, the first is each with probability p
         action = (logits.exp() / clocks).argmax(-1)
         return action, logits.gather(-1, action[:, None]).squeeze(-1), self.get_value(hidden), logits, state
 
@@ -737,38 +734,21 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
 
 def fingerprint(state: Any) -> str:
     """SHA-256 of a nested state. Two runs with the same fingerprint are the same run."""
-    parts = json.dumps(
-        default_convert(state), sort_keys=True, default=lambda x: sha256(np.ascontiguousarray(x.cpu())).hexdigest()
-    )
-    return sha256(parts.encode()).hexdigest()
+    state = default_convert(state)
+    text = json.dumps(state, sort_keys=True, default=lambda x: sha256(x.cpu().numpy().tobytes()).hexdigest())
+    return sha256(text.encode()).hexdigest()
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """A reader, or a crash, finds the old file or the new one and nothing in between."""
-    temporary = path.with_suffix(".tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)  # a part of it would keep a full disk full
-
-
-def save(path: Path, state: dict[str, Any]) -> None:
-    """Tensors and Python values only, which torch.load(weights_only=True) reads back: no file can run code."""
-    torch.save(default_convert(state), data := io.BytesIO())
-    write_file(path, data.getvalue())
-
-
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Adds a row to a CSV file; the first row makes the header."""
-    with open(path, "a", newline="") as file:
-        table = csv.DictWriter(file, list(row))
-        if file.tell() == 0:
-            table.writeheader()
-        table.writerow({key: f"{value:.6g}" if isinstance(value, float) else value for key, value in row.items()})
+def write_file(path: Path, content: Any) -> None:
+    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or the new one."""
+    if path.suffix == ".pt":
+        torch.save(default_convert(content), buffer := io.BytesIO())
+        content = buffer.getvalue()
+    with open(path.with_suffix(".tmp"), "wb") as file:
+        file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path.with_suffix(".tmp"), path)
 
 
 def cut_rows(path: Path, global_step: int) -> None:
@@ -787,7 +767,7 @@ def make_run_dir(args: Args) -> Path:
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
-            write_file(run_dir / "args.json", json.dumps(asdict(args), indent=2).encode())
+            write_file(run_dir / "args.json", asdict(args))
     except OSError as error:
         refuse(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
     return run_dir
@@ -821,10 +801,9 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     cuda = args.cuda and torch.cuda.is_available()
     if WORLD > 1:
-        backend, wait = "cpu:gloo,cuda:nccl" if cuda else "gloo", datetime.timedelta(hours=2)
         store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=wait)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
@@ -837,16 +816,14 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cpu")
 
 
-def evaluate_run(run_dir: Path) -> None:
+def evaluate_run(args: Args, weights: dict[str, Tensor]) -> None:
     """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    args, checkpoint = load_run("evaluate", run_dir)
-    check_args(args)
+    run_dir, name = Path(args.evaluate), f"evaluation_{int(time.time())}"
     device = choose_device(args)
     agent = Agent(make_envs(args, 1, device), args.precision).to(device)
-    agent.load_state_dict(checkpoint["agent"])
-    name = f"evaluation_{int(time.time())}"
+    agent.load_state_dict(weights)
     result = evaluate(agent, args, device, run_dir / "videos" / name if args.capture_video else None)
-    write_file(run_dir / f"{name}.json", json.dumps(result | {"args": asdict(args)}, indent=2).encode())
+    write_file(run_dir / f"{name}.json", result | {"args": asdict(args)})
     print("\n".join(f"{key}: {value:.3f}" for key, value in result.items() if key.startswith("solved_")))
     print(f"{args.eval_episodes} episodes in each environment, every one in {run_dir / name}.json")
 
@@ -878,13 +855,13 @@ def add_gradients(agent: nn.Module) -> None:
 
 def main() -> None:
     args, checkpoint = tyro.cli(Args), None
-    if args.evaluate:
-        return evaluate_run(Path(args.evaluate))
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and args.run_dir:  # torchrun --max-restarts
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
         args.resume = args.resume or args.run_dir
-    if args.resume:
-        args, checkpoint = load_run("resume", Path(args.resume))
+    if args.evaluate or args.resume:
+        args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
     check_args(args)
+    if args.evaluate:
+        return evaluate_run(args, checkpoint["agent"])
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)
@@ -939,6 +916,19 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
         return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
+    def log(path: Path, row: dict[str, Any]) -> None:
+        """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
+        for key, value in row.items():
+            if not math.isnan(value):
+                writer.add_scalar(key, value, global_step)
+        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
+        columns = when | {key.split("/")[1]: value for key, value in row.items()}
+        with open(path, "a", newline="") as file:
+            table = csv.DictWriter(file, list(columns))
+            if file.tell() == 0:
+                table.writeheader()
+            table.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in columns.items()})
+
     def mean(x: Tensor) -> Tensor:
         """This rank's part of the mean over a minibatch of all ranks."""
         return x.sum() / (args.batch_size // args.num_minibatches)
@@ -949,16 +939,17 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         mark = torch.tensor([int(fingerprint(state)[:15], 16)])
         if (share(mark) != mark).any():
             raise RuntimeError(f"the ranks' states differ after iteration {iteration}")
-        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step, "totals": totals}
+        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step, "format": FORMAT}
+        state |= {"iteration": iteration, "args": asdict(args), "totals": totals}
         if RANK == 0:
-            save(run_dir / "checkpoint.pt", state | {"iteration": iteration, "args": asdict(args), "format": FORMAT})
+            write_file(run_dir / "checkpoint.pt", state)
 
     def require_finite(x: Tensor, what: str) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
         if not x.isfinite().all():
             rollout = {"images": images, "directions": directions, "actions": actions, "logprobs": logprobs}
             rollout |= {"rewards": rewards, "values": values, "levels": levels, "agent": agent.state_dict()}
-            save(run_dir / f"failed_{RANK}.pt", rollout)
+            write_file(run_dir / f"failed_{RANK}.pt", rollout)
             raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
 
     # ==== start or resume ====
@@ -1140,23 +1131,16 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             "curriculum/replay": int(replay),
             **{f"curriculum/{name}": value for name, value in curriculum.items()},
         }
-        columns = {key.split("/")[1]: value for key, value in row.items()}
-        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
         if RANK == 0:
-            for key, value in row.items():
-                if not math.isnan(value):
-                    writer.add_scalar(key, value, global_step)
-            append_row(run_dir / "progress.csv", when | columns)
+            log(run_dir / "progress.csv", row)
 
         # ==== evaluate ====
         last = iteration == args.num_iterations
         if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
             video = run_dir / "videos" / f"step_{global_step}" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)
-            scalars = {key: value for key, value in evaluation.items() if key != "episodes"}
-            for key, value in scalars.items():
-                writer.add_scalar(f"eval/{key}", value, global_step)
-            append_row(run_dir / "evaluations.csv", when | totals | scalars)
+            scalars = {f"eval/{k}": x for k, x in (totals | evaluation).items() if k != "episodes"}
+            log(run_dir / "evaluations.csv", scalars)
             for name, picture in level_pictures(args, sampler, iteration).items():
                 writer.add_image(f"levels/{name}", picture, global_step, dataformats="HWC")
 
@@ -1187,7 +1171,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     result |= totals | {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
     result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}
     result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
-    write_file(run_dir / "result.json", json.dumps(result, indent=2).encode())
+    write_file(run_dir / "result.json", result)
     print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)
 
 

@@ -9,6 +9,7 @@ take turns (A B A B ...), so that what else the machine does meets all of them. 
 """
 
 import contextlib
+import csv
 import io
 import itertools
 import json
@@ -119,11 +120,11 @@ def our_phases(argv: list[str]) -> None:
     clock(script.Agent, "get_value", "bootstrap")
     for method in ("next_levels", "record_returns", "best_returns", "update", "metrics"):
         clock(script.LevelSampler, method, "sampler")
-    append_row = script.append_row
+    writerow = script.csv.DictWriter.writerow
 
-    def end_of_iteration(path: Path, row: dict) -> None:
-        append_row(path, row)
-        if path.name != "progress.csv":
+    def end_of_iteration(table: csv.DictWriter, row: dict) -> None:
+        writerow(table, row)
+        if row.get("SPS") in (None, "SPS"):  # an evaluation, or the header
             return
         previous, reached["row"] = reached.get("row"), now()
         if previous:
@@ -138,7 +139,7 @@ def our_phases(argv: list[str]) -> None:
             print("PHASES " + json.dumps(phases), flush=True)
         spent.clear()
 
-    script.append_row = end_of_iteration
+    script.csv.DictWriter.writerow = end_of_iteration
     sys.argv = ["ppo_plr_procgen.py", *argv]
     script.main()
 
