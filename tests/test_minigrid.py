@@ -805,13 +805,13 @@ def test_evaluate_repeats_the_final_evaluation_and_takes_other_flags(finished):
 
 def test_flags_of_the_optimisation(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
-    flags = f"{TINY} --curriculum plr --total-timesteps 384"
+    flags = f"{TINY} --curriculum plr --total-timesteps 384 --learning-rate 0.003"
     logged = {}
     for name in ("", "--anneal-lr", "--update-epochs 4 --target-kl 1e-9", "--precision bf16", "--num-minibatches 2"):
         main(monkeypatch, f"{flags} {name} --run-dir {tmp_path}/run{len(logged)}")
         logged[name] = rows(tmp_path / f"run{len(logged)}/progress.csv")
     rates = [row["learning_rate"] for row in logged["--anneal-lr"]]
-    np.testing.assert_allclose(rates, 1e-4 * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-4)
+    np.testing.assert_allclose(rates, 0.003 * np.array([1, 0.75, 0.5, 0.25]), rtol=1e-4)
     assert [x[-1]["gradient_updates"] for x in logged.values()] == [8, 8, 8, 8, 16]  # with --target-kl 2 epochs of 4
     assert len({result_of(tmp_path / f"run{i}")["fingerprint"] for i in range(5)}) == 4  # the third is the first again
     assert abs(logged["--precision bf16"][0]["entropy"] - logged[""][0]["entropy"]) < 0.01
