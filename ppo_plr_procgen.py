@@ -425,9 +425,8 @@ def choose_device(args: Args) -> torch.device:
     with contextlib.suppress(AttributeError, OSError):
         # glibc hands every large tensor back to the kernel and gets it again page by page: keeping the memory
         # (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) makes the update up to twice as fast.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, -1)
+        for option, value in ((-4, 0), (-1, -1)):
+            ctypes.CDLL(None).mallopt(option, value)
     return torch.device("cpu")
 
 
@@ -471,7 +470,8 @@ def add_gradients(agent: nn.Module) -> None:
 
 def main() -> None:
     args, checkpoint = tyro.cli(Args), None
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+    if restarted and Path(args.run_dir or "", "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
     if args.evaluate or args.resume:
         args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))

@@ -606,25 +606,25 @@ class Agent(nn.Module):
         action = (logits.exp() / clocks).argmax(-1)
         return action, logits.gather(-1, action[:, None]).squeeze(-1), self.get_value(hidden), logits, state
 
-    def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> Tensor:
-        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> what `step` gives at each step (T * N, 256)."""
+    def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
+        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> what `step` gives, as padded segments (P, 256);
+        where in them each step is (T * N,). The padding goes last, after the heads: it is cheapest there."""
         batches, where = episode_segments(starts)
+        order = torch.from_numpy(np.concatenate([batch.ravel() for batch in batches])).to(image.device)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.features(image.flatten(0, 1), direction.flatten())
-            outputs = []
-            for batch in batches:
-                index = torch.from_numpy(batch).to(x.device)
-                outputs.append(self.lstm(x.index_select(0, index.view(-1)).view(*index.shape, -1))[0].flatten(0, 1))
-            return torch.cat(outputs).index_select(0, torch.from_numpy(where).to(x.device)).float()
+            x = self.features(image.flatten(0, 1).index_select(0, order), direction.flatten().index_select(0, order))
+            parts = x.split([batch.size for batch in batches])
+            outputs = [self.lstm(x.view(*b.shape, -1))[0].flatten(0, 1) for x, b in zip(parts, batches)]
+            return torch.cat(outputs).float(), torch.from_numpy(where).to(x.device)
 
     def get_value(self, hidden: Tensor) -> Tensor:
         return self.critic(hidden).squeeze(-1)
 
-    def evaluate_actions(self, hidden: Tensor, action: Tensor) -> tuple[Tensor, ...]:
-        """hidden (B, 256), action (B,) -> log-probability, entropy and value (B,)."""
-        logits = self.actor(hidden).log_softmax(-1)
+    def evaluate_actions(self, hidden: Tensor, where: Tensor, action: Tensor) -> tuple[Tensor, ...]:
+        """hidden (P, 256) and where (B,) from `unroll`, action (B,) -> log-probability, entropy and value (B,)."""
+        logits = self.actor(hidden).index_select(0, where).log_softmax(-1)
         logprob = logits.gather(-1, action[:, None]).squeeze(-1)
-        return logprob, -(logits.exp() * logits).sum(-1), self.get_value(hidden)
+        return logprob, -(logits.exp() * logits).sum(-1), self.get_value(hidden).index_select(0, where)
 
 
 # ---- curriculum metrics and evaluation ------------------------------------------------------------------------------
@@ -810,9 +810,8 @@ def choose_device(args: Args) -> torch.device:
     with contextlib.suppress(AttributeError, OSError):
         # glibc hands every large tensor back to the kernel and gets it again page by page: keeping the memory
         # (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) makes the update up to twice as fast.
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)
-        libc.mallopt(-1, -1)
+        for option, value in ((-4, 0), (-1, -1)):
+            ctypes.CDLL(None).mallopt(option, value)
     return torch.device("cpu")
 
 
@@ -855,7 +854,8 @@ def add_gradients(agent: nn.Module) -> None:
 
 def main() -> None:
     args, checkpoint = tyro.cli(Args), None
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":  # torchrun --max-restarts
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
+    if restarted and Path(args.run_dir or "", "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
     if args.evaluate or args.resume:
         args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
@@ -1081,8 +1081,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 b_returns, b_values = returns[:, mb_inds].reshape(-1), values[:, mb_inds].reshape(-1)
                 mb_inds = mb_inds - RANK * n
                 b_actions, b_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
-                hidden = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
-                newlogprob, entropy, newvalue = agent.evaluate_actions(hidden, b_actions)
+                unrolled = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
+                newlogprob, entropy, newvalue = agent.evaluate_actions(*unrolled, b_actions)
                 logratio = newlogprob - b_logprobs
                 ratio = logratio.exp()
                 pg_loss1 = -b_advantages * ratio

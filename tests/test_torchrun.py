@@ -1,8 +1,10 @@
 """Several processes, one run: gloo on the CPU, what every rank holds and how it compares with one process."""
 
+import contextlib
 import functools
 import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -41,7 +43,15 @@ def torchrun(processes: int, script, flags: str, directory, prelude: str = "", o
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
     command += [*options.split(), str(wrapper), *flags.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    )
+    try:
+        out, err = process.communicate(timeout=300)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # no rank is left behind
+    return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
 NO_EVALUATION = "s.evaluate = lambda *_: {'train_return': 0.0, 'test_return': 0.0, 'solved_mean': 0.0, 'episodes': {}}"
