@@ -578,33 +578,42 @@ class Agent(nn.Module):
         return torch.cat((torch.relu(x).flatten(1), self.direction(direction)), dim=1)
 
     def step_weights(self) -> list[Tensor]:
-        """For `step`, once per rollout: the convolution as a (75, 144) matrix, its bias; the LSTM's weight and bias."""
+        """For `act`, once per rollout, weight and bias: the convolution as a (75, 144) matrix; the LSTM, its gates as
+        i, f, o, g; the first layers of both heads in one, then the second ones."""
         with torch.no_grad():
             (h, w), c = self.view, self.conv.in_channels
             pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)
             conv = nn.functional.conv2d(pixels, self.conv.weight / 10.0).flatten(1)
-            bias = self.conv.bias.repeat_interleave((h - 2) * (w - 2))
-            lstm = torch.cat((self.lstm.weight_ih_l0, self.lstm.weight_hh_l0), dim=1).t().contiguous()
-            return [conv, bias, lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0]
+            weights = [conv, self.conv.bias.repeat_interleave((h - 2) * (w - 2))]
+            lstm = torch.cat((self.lstm.weight_ih_l0, self.lstm.weight_hh_l0), dim=1)
+            for x in (lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0):
+                i, f, g, o = x.chunk(4)
+                weights.append(torch.cat((i, f, o, g)).t().contiguous())
+            first, second = zip(self.actor[::2], self.critic[::2])
+            for layers, join in ((first, torch.cat), (second, lambda x: torch.block_diag(*x))):
+                weights += [join([x.weight for x in layers]).t().contiguous(), torch.cat([x.bias for x in layers])]
+            return weights
 
     def step(self, obs: Obs, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
         """One step of N environments, to act: the LSTM's output (N, 256) and its state, h and c (N, 256) float32."""
-        conv, conv_bias, lstm, lstm_bias = weights
+        conv, conv_bias, lstm, lstm_bias = weights[:4]
         with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
             x = torch.relu(torch.addmm(conv_bias, obs["image"].flatten(1).float(), conv))
             x = torch.cat((x, self.direction(obs["direction"]), state[0]), dim=1)
-            i, f, g, o = torch.addmm(lstm_bias, x, lstm).float().chunk(4, dim=1)
-        c = torch.sigmoid(f) * state[1] + torch.sigmoid(i) * torch.tanh(g)
-        h = torch.sigmoid(o) * torch.tanh(c)
+            gates = torch.addmm(lstm_bias, x, lstm).float()
+        i, f, o = torch.sigmoid(gates[:, : 3 * 256]).chunk(3, dim=1)
+        c = f * state[1] + i * torch.tanh(gates[:, 3 * 256 :])
+        h = o * torch.tanh(c)
         return h, (h, c)
 
     def act(self, obs: Obs, state: State, weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
-        """`step`, and what the rollout stores: action, log-probability, value (N,), log-probabilities; next state."""
+        """`step`, and what the rollout stores: action, value (N,), logits (N, actions) not normalised; next state."""
         hidden, state = self.step(obs, state, weights)
-        logits = self.actor(hidden).log_softmax(-1)
+        first, first_bias, second, second_bias = weights[4:]
+        out = torch.addmm(second_bias, torch.tanh(torch.addmm(first_bias, hidden, first)), second)
+        logits = out[:, :-1]
         # of clocks that ring after times of Exp(1) / p, the first is each with probability p
-        action = (logits.exp() / clocks).argmax(-1)
-        return action, logits.gather(-1, action[:, None]).squeeze(-1), self.get_value(hidden), logits, state
+        return (logits.exp() / clocks).argmax(-1), out[:, -1], logits, state
 
     def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> what `step` gives, as padded segments (P, 256);
@@ -660,7 +669,7 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films:
 
     while playing.any():
         shoot(playing)
-        action, _, _, _, state = agent.act(obs, state, weights, clocks.exponential_())
+        action, _, _, state = agent.act(obs, state, weights, clocks.exponential_())
         obs, reward, terminations, truncations, _ = envs.step(action)
         returns += reward.cpu().numpy() * playing
         done = (terminations | truncations).cpu().numpy()
@@ -903,8 +912,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     num_actions = int(envs.single_action_space.n)
     images = torch.zeros((T, n) + envs.single_observation_space["image"].shape, dtype=torch.uint8, device=device)
     directions, actions = torch.zeros((2, T, n), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((T, n), device=device)
-    logits = torch.zeros((T, n, num_actions), device=device)  # float32, normalised log-probabilities
+    logits = torch.zeros((T, n, num_actions), device=device)  # float32, after the rollout log-probabilities
     rewards, values = torch.zeros((2, T, N), device=device)  # float32
     dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
@@ -947,7 +955,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     def require_finite(x: Tensor, what: str) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
         if not x.isfinite().all():
-            rollout = {"images": images, "directions": directions, "actions": actions, "logprobs": logprobs}
+            rollout = {"images": images, "directions": directions, "actions": actions, "logits": logits}
             rollout |= {"rewards": rewards, "values": values, "levels": levels, "agent": agent.state_dict()}
             write_file(run_dir / f"failed_{RANK}.pt", rollout)
             raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
@@ -1005,8 +1013,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             levels[step] = next_levels
             with torch.no_grad():
                 noise = clocks.exponential_()[here]
-                action, logprobs[step], value, logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
-            actions[step], values[step, here] = action, value
+                action, values[step, here], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
+            actions[step] = action
             next_obs, reward, terminations, truncations, _ = envs.step(action)
             rewards[step, here] = reward
             transfer = share(torch.stack((reward, (terminations | truncations).float()))).cpu().numpy()  # one per step
@@ -1030,6 +1038,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
 
         # ==== advantages (GAE) ====
         with torch.no_grad():
+            logits = logits.log_softmax(-1)  # of the whole rollout at once
+            logprobs = logits.gather(-1, actions[..., None]).squeeze(-1)
             ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
             ends = torch.from_numpy(ended).to(device, torch.float32)
             rewards, values, next_value = share(rewards[:, here]), share(values[:, here]), torch.zeros(N, device=device)

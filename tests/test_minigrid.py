@@ -374,7 +374,7 @@ class Table(nn.Module):
         code, state = self.step(obs, state, weights)
         logits = torch.tensor(LOGITS).float()[code // 16, code % 16].log_softmax(-1)
         action = torch.multinomial(logits.exp(), 1)[:, 0]
-        return action, logits[torch.arange(len(code)), action], self.get_value(code), logits, state
+        return action, self.get_value(code), logits, state
 
     def unroll(self, image, direction, starts):
         return image[..., 0, 0, 0].long().flatten(), None
@@ -647,7 +647,8 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     flags += " --vf-coef 0.7 --max-grad-norm 0.3 --learning-rate 0.003"
     main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
 
-    images, directions, actions, logprobs, values = (torch.stack(x) for x in zip(*acts[:120]))
+    images, directions, actions, values, logits = (torch.stack(x) for x in zip(*acts[:120]))
+    logprobs = torch.log_softmax(logits, -1).gather(-1, actions[..., None])[..., 0]
     rewards, terminated, truncated = (torch.stack(x).numpy() for x in zip(*steps[:120]))
     dones = terminated | truncated
     assert terminated.sum() > 2 and truncated.sum() > 1
@@ -693,11 +694,12 @@ def test_actions_are_drawn_with_the_policys_probabilities(agent):
     obs = {"image": torch.ones((40000, 5, 5, 3), dtype=torch.uint8), "direction": torch.zeros(40000, dtype=torch.int64)}
     with torch.no_grad():
         agent.actor[2].bias += torch.linspace(-1, 1, 7)  # far from uniform
-        action, logprob, value, logits, (h, _) = agent.act(
+        action, value, logits, (h, _) = agent.act(
             obs, (torch.zeros(40000, 256),) * 2, agent.step_weights(), torch.empty(40000, 7).exponential_()
         )
         again, _, value_again = agent.evaluate_actions(h, torch.arange(40000), action)
-    p = logits[0].exp().numpy()
+    logits = logits.log_softmax(-1)
+    logprob, p = logits.gather(-1, action[:, None])[:, 0], logits[0].exp().numpy()
     assert p.max() > 2 * p.min() and p.sum() == pytest.approx(1, abs=1e-5)
     assert abs(np.bincount(action, minlength=7) / 40000 - p).max() < 5 * np.sqrt(0.25 / 40000)
     torch.testing.assert_close(logprob, again), torch.testing.assert_close(value, value_again)
