@@ -877,6 +877,9 @@ def main() -> None:
     threading.excepthook = lambda _: None  # TensorBoard's: what its writing thread meets, the next write says
     try:
         train(args, run_dir, checkpoint)
+        if WORLD > 1:  # gloo's threads have aborted a process as it ended, after its work: leave without them
+            sys.stdout.flush()
+            os._exit(0)
     except Exception as error:  # a full disk, a dead environment, a loss that is not finite
         with contextlib.suppress(OSError):
             (run_dir / f"error_{RANK}.txt").write_text(traceback.format_exc())

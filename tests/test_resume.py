@@ -209,8 +209,8 @@ def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
     finally:
         if kind == "tmpfs":
             subprocess.run(["umount", str(disk)], check=True)
-    assert not list((tmp_path / "run").glob("*.tmp"))
     main(script, monkeypatch, f"--resume {tmp_path}/run")
+    assert not list((tmp_path / "run").glob("*.tmp"))
     assert_same_run(tmp_path / "run", finished_run(script))
 
 
