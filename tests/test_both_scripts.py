@@ -22,7 +22,7 @@ def script(request):
 
 
 def test_the_readmes_commands_are_valid(script):
-    commands = re.findall(rf"python {script.__name__}\.py((?: [^\n`|#]*)?)", (ROOT / "README.md").read_text())
+    commands = re.findall(rf"python {script.__name__}\.py((?: [^\n`|#']*)?)", (ROOT / "README.md").read_text())
     commands += re.findall(rf"python {script.__name__}\.py([^\n#]*)", script.__doc__)
     assert len(commands) > 8
     for flags in commands:
