@@ -37,7 +37,7 @@ def finish(process: subprocess.Popen, status: int = 0) -> str:
 
 
 def wait_for(condition) -> None:
-    deadline = time.time() + 60
+    deadline = time.time() + 120
     while not condition():
         assert time.time() < deadline
         time.sleep(0.005)
