@@ -797,7 +797,8 @@ def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
         for name, value in saved.items():
             if getattr(args, name) != value and name not in FREE_ON_RESUME:
                 refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be {value}, as in the run to resume.")
-        if args.num_iterations <= checkpoint["iteration"]:
+        # a run that was killed after its last checkpoint has only its result left to write
+        if args.num_iterations < checkpoint["iteration"] + (run_dir / "result.json").exists():
             refuse(f"--total-timesteps {args.total_timesteps} must be raised: {run_dir} is finished.")
     return args, checkpoint
 
@@ -1180,6 +1181,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     if stopping:
         print(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {run_dir}", flush=True)
         raise SystemExit(130 if signal.SIGINT in stopped else 0)
+    evaluation = evaluation or evaluate(agent, args, device)
     result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
     result |= totals | {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
     result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}

@@ -113,6 +113,14 @@ def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(script, finished_
     assert_same_run(tmp_path / "half", tmp_path / "whole")
 
 
+def test_a_run_killed_just_before_its_result_writes_that(script, finished_run, monkeypatch, tmp_path):
+    shutil.copytree(finished_run(script), tmp_path / "run")
+    (tmp_path / "run/result.json").unlink()
+    main(script, monkeypatch, f"--resume {tmp_path}/run")
+    assert_same_run(tmp_path / "run", finished_run(script))
+    assert result_of(tmp_path / "run")["evaluation"] == result_of(finished_run(script))["evaluation"]
+
+
 def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(monkeypatch, tmp_path, capsys):
     script = ppo_plr_procgen
     monkeypatch.delattr(script.ProcgenLevels, "get_state")
