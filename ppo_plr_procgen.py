@@ -49,10 +49,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
 
-GAMES = (
-    "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze miner ninja".split()
-)
-GAMES += ["plunder", "starpilot"]
+GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze miner ninja "
+GAMES = (GAMES + "plunder starpilot").split()
 GAMES_WITH_MODE = {"easy": GAMES, "hard": GAMES, "extreme": "chaser dodgeball leaper starpilot".split()}
 GAMES_WITH_MODE["memory"] = "caveflyer dodgeball heist jumper maze miner".split()
 FORMAT = "ppo_plr_procgen 1"  # of checkpoint.pt
@@ -109,9 +107,7 @@ class Args:
     score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # the paper's h
     temperature: float = 0.1  # of the transform (the paper's beta): lower is greedier
     staleness_coef: float = 0.1  # share of replay by staleness (the paper's rho)
-    replay_schedule: Literal["proportionate", "fixed"] = (
-        "proportionate"  # replay with P = share of levels seen, or 1 - nu
-    )
+    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"  # P(replay) = share seen, or 1 - nu
     rho: float = 1.0  # share of levels to be seen before any is replayed. 1: as released; 0: as in the paper's text
     nu: float = 0.5  # with the fixed schedule: probability of a new level while there are any
     alpha: float = 1.0  # weight of a level's new score in its running mean (1: the last score counts)
@@ -600,7 +596,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         next_levels, statistics[:] = sampler.playing.copy(), checkpoint["statistics"]
         next_obs = envs.set_state(sum(checkpoint["envs"], [])[here])
     else:
-        if checkpoint:
+        if checkpoint and RANK == 0:
             print(f"Its environments could not be saved: {N} episodes are dropped, others start.", flush=True)
         sampler.drop(np.ones(N, bool))
         next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
