@@ -18,7 +18,6 @@ takes the critic's value at both, and scores the cut episode too (not by max_mc,
 """
 
 import contextlib
-import csv
 import ctypes
 import difflib
 import importlib.util
@@ -334,14 +333,6 @@ def perfect_maze(size: int, seed: int) -> Mazes:
     return Mazes(walls[None], goal[None], agent[None], rng.integers(4, size=1))
 
 
-def join_mazes(mazes: list[Mazes]) -> Mazes:
-    """One batch of all. Smaller ones get walls around them, which nobody in the maze can tell from what is outside."""
-    side = max(max(maze.walls.shape[1:]) for maze in mazes)
-    pads = [[(0, 0), *((0, side - n) for n in maze.walls.shape[1:])] for maze in mazes]
-    walls = [np.pad(maze.walls, pad, constant_values=True) for maze, pad in zip(mazes, pads)]
-    return Mazes(np.concatenate(walls), *map(np.concatenate, list(zip(*mazes))[1:]))
-
-
 def shortest_paths(mazes: Mazes) -> np.ndarray:
     """(n,) int64 cells to go from the agent to the goal, by flood fill of all mazes at once; -1 if there is no path."""
     rows = np.arange(len(mazes.walls))
@@ -367,7 +358,7 @@ def maze_view(cells: Tensor, position: Tensor, direction: Tensor, view: Tensor) 
 
 def maze_step(
     actions: Tensor, cells: Tensor, position: Tensor, direction: Tensor, steps: Tensor,
-    max_steps: int | Tensor, turned: Tensor, moved: Tensor, view: Tensor,
+    max_steps: int, turned: Tensor, moved: Tensor, view: Tensor,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """A step of N mazes, see MazeEnvs: as a function of tensors, which torch.compile can take whole."""
     what = torch.add(actions, direction, alpha=7)
@@ -393,10 +384,10 @@ class MazeEnvs(gym.vector.VectorEnv):
     """
 
     def __init__(
-        self, num_envs: int, device: torch.device, size: int = 15, max_steps: int | Tensor = 250,
+        self, num_envs: int, device: torch.device, size: int = 15, max_steps: int = 250,
         num_walls: int = 25, vary_num_walls: bool = False, compile: bool = False,
     ):  # fmt: skip
-        self.num_envs, self.device, self.max_steps, self.sides = num_envs, device, max_steps, [size] * num_envs
+        self.num_envs, self.device, self.max_steps = num_envs, device, max_steps
         image = gym.spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
         self.single_observation_space = gym.spaces.Dict({"direction": gym.spaces.Discrete(4), "image": image})
         self.single_action_space = gym.spaces.Discrete(7)
@@ -418,11 +409,8 @@ class MazeEnvs(gym.vector.VectorEnv):
                  for column in range(VIEW) for row in range(VIEW)] for d in range(4)]  # fmt: skip
         self.tables = [torch.tensor(x, device=device) for x in (turned, moved, view)]
         self.maze_step = torch.compile(maze_step) if compile else maze_step
-        # level starts already made: level -> row of `starts`, which are `encode`'s
         self.generate = lambda levels: random_mazes(levels, size, num_walls, vary_num_walls)
-        self.known: dict[int, int] = {}
-        self.starts = [torch.empty((max(8192, num_envs), *x.shape[1:]), dtype=x.dtype, device=device)
-                       for x in (self.cells, self.position, self.direction)]  # fmt: skip
+        self.known: dict[int, tuple[Tensor, ...]] = {}  # level starts already made, at most 8192 and this reset's
 
     def encode(self, mazes: Mazes) -> list[Tensor]:
         """Cells (n, width * width) int32, position in the map (n,) and direction (n,) int64 of n level starts."""
@@ -446,15 +434,11 @@ class MazeEnvs(gym.vector.VectorEnv):
                 seed = np.arange(first, first + self.num_envs)
             levels = np.asarray(seed)[rows].tolist()
             new = [level for level in dict.fromkeys(levels) if level not in self.known]
-            if len(self.known) + len(new) > len(self.starts[0]):
+            if len(self.known) + len(new) > 8192:
                 self.known, new = {}, list(dict.fromkeys(levels))
             if new:
-                first = len(self.known)
-                for kept, made in zip(self.starts, self.encode(self.generate(np.array(new)))):
-                    kept[first : first + len(new)] = made
-                self.known |= {level: first + k for k, level in enumerate(new)}
-            which = torch.tensor([self.known[level] for level in levels], dtype=torch.int64, device=self.device)
-            start = [kept.index_select(0, which) for kept in self.starts]
+                self.known |= zip(new, zip(*self.encode(self.generate(np.array(new)))))
+            start = [torch.stack(part) for part in zip(*(self.known[level] for level in levels))]
         rows = torch.from_numpy(rows).to(self.device)
         self.cells[rows], self.position[rows], self.steps[rows] = start[0], start[1] + rows * self.width**2, 0
         self.direction = self.direction.index_copy(0, rows, start[2])  # not in place: `step` has given it away
@@ -467,17 +451,15 @@ class MazeEnvs(gym.vector.VectorEnv):
         image, self.position, self.direction, self.steps, *results = state
         return {"image": image, "direction": self.direction}, *results, {}
 
-    def frame(self, i: int = 0) -> np.ndarray:
-        """(H, W, 3) uint8: environment i as the package draws it."""
-        edge, side = VIEW - 2, self.sides[i]  # walls beyond the border, cells along the maze
-        cells = self.cells[i].view(self.width, -1)[edge : edge + side, edge : edge + side].cpu().numpy()
-        what = (cells == WALL) + 2 * (cells == GOAL)
-        tiles = np.stack([Grid.render_tile(thing, tile_size=8) for thing in (None, Wall(), Goal())]).astype(np.uint8)
-        picture = tiles[what]  # (rows, columns, 8, 8, 3)
-        row, column = divmod(int(self.position[i]) % self.width**2, self.width)
-        under = Goal() if what[row - edge, column - edge] == 2 else None
-        picture[row - edge, column - edge] = Grid.render_tile(under, int(self.direction[i]), tile_size=8)
-        return np.concatenate(np.concatenate(picture, axis=1), axis=1)
+    def frame(self) -> np.ndarray:
+        """(H, W, 3) uint8: the first environment as the package draws it."""
+        edge, (row, column) = VIEW - 2, divmod(int(self.position[0]), self.width)  # walls beyond the border
+        cells = self.cells[0].view(self.width, -1)[edge:-edge, edge:-edge].cpu().numpy()
+        grid = Grid(*cells.shape)
+        for kind, thing in ((WALL, Wall()), (GOAL, Goal())):
+            for at in np.argwhere(cells.T == kind).tolist():
+                grid.set(*at, thing)
+        return grid.render(8, (column - edge, row - edge), int(self.direction[0]))
 
 
 class TensorEnvs(gym.vector.VectorWrapper):
@@ -499,8 +481,8 @@ class TensorEnvs(gym.vector.VectorWrapper):
         reward, terminated, truncated = (torch.from_numpy(x).to(self.device) for x in rest)
         return self.tensors(obs), reward.float(), terminated, truncated, infos
 
-    def frame(self, i: int = 0) -> np.ndarray:
-        return self.env.envs[i].unwrapped.get_frame(highlight=False, tile_size=8)
+    def frame(self) -> np.ndarray:
+        return self.env.envs[0].unwrapped.get_frame(highlight=False, tile_size=8)
 
 
 def make_minigrid(env_id: str, num_envs: int, device: torch.device, see_like_mazes: bool = False) -> TensorEnvs:
@@ -594,9 +576,9 @@ class Agent(nn.Module):
                 weights += [join([x.weight for x in layers]).t().contiguous(), torch.cat([x.bias for x in layers])]
             return weights
 
-    def step(self, obs: Obs, state: State, weights: list[Tensor]) -> tuple[Tensor, State]:
-        """One step of N environments, to act: the LSTM's output (N, 256) and its state, h and c (N, 256) float32."""
-        conv, conv_bias, lstm, lstm_bias = weights[:4]
+    def act(self, obs: Obs, state: State, weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
+        """One step of N environments: action and value (N,), logits (N, actions) not normalised, the LSTM's state."""
+        conv, conv_bias, lstm, lstm_bias, first, first_bias, second, second_bias = weights
         with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
             x = torch.relu(torch.addmm(conv_bias, obs["image"].flatten(1).float(), conv))
             x = torch.cat((x, self.direction(obs["direction"]), state[0]), dim=1)
@@ -604,19 +586,13 @@ class Agent(nn.Module):
         i, f, o = torch.sigmoid(gates[:, : 3 * 256]).chunk(3, dim=1)
         c = f * state[1] + i * torch.tanh(gates[:, 3 * 256 :])
         h = o * torch.tanh(c)
-        return h, (h, c)
-
-    def act(self, obs: Obs, state: State, weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
-        """`step`, and what the rollout stores: action, value (N,), logits (N, actions) not normalised; next state."""
-        hidden, state = self.step(obs, state, weights)
-        first, first_bias, second, second_bias = weights[4:]
-        out = torch.addmm(second_bias, torch.tanh(torch.addmm(first_bias, hidden, first)), second)
+        out = torch.addmm(second_bias, torch.tanh(torch.addmm(first_bias, h, first)), second)
         logits = out[:, :-1]
         # of clocks that ring after times of Exp(1) / p, the first is each with probability p
-        return (logits.exp() / clocks).argmax(-1), out[:, -1], logits, state
+        return (logits.exp() / clocks).argmax(-1), out[:, -1], logits, (h, c)
 
     def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> what `step` gives, as padded segments (P, 256);
+        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> the LSTM's outputs as padded segments (P, 256);
         where in them each step is (T * N,). The padding goes last, after the heads: it is cheapest there."""
         batches, where = episode_segments(starts)
         order = torch.from_numpy(np.concatenate([batch.ravel() for batch in batches])).to(image.device)
@@ -626,14 +602,11 @@ class Agent(nn.Module):
             outputs = [self.lstm(x.view(*b.shape, -1))[0].flatten(0, 1) for x, b in zip(parts, batches)]
             return torch.cat(outputs).float(), torch.from_numpy(where).to(x.device)
 
-    def get_value(self, hidden: Tensor) -> Tensor:
-        return self.critic(hidden).squeeze(-1)
-
     def evaluate_actions(self, hidden: Tensor, where: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         """hidden (P, 256) and where (B,) from `unroll`, action (B,) -> log-probability, entropy and value (B,)."""
         logits = self.actor(hidden).index_select(0, where).log_softmax(-1)
         logprob = logits.gather(-1, action[:, None]).squeeze(-1)
-        return logprob, -(logits.exp() * logits).sum(-1), self.get_value(hidden).index_select(0, where)
+        return logprob, -(logits.exp() * logits).sum(-1), self.critic(hidden).squeeze(-1).index_select(0, where)
 
 
 # ---- curriculum metrics and evaluation ------------------------------------------------------------------------------
@@ -653,51 +626,44 @@ def level_metrics(args: Args, sampler: LevelSampler, levels: np.ndarray, replay:
     return metrics
 
 
-def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], films: dict[int, list]) -> np.ndarray:
+def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], film: list | None = None) -> np.ndarray:
     """Plays one episode in each environment to its end with the stochastic policy: returns (N,) float64.
 
-    reset: arguments that start the episodes (again, uncounted, where done). films: environment -> list for its frames.
+    reset: arguments that start the episodes (again, uncounted, where done). film: a list for the first one's frames.
     """
     obs, _ = envs.reset(**reset)
     state = tuple(torch.zeros((envs.num_envs, 256), device=obs["direction"].device) for _ in range(2))
     clocks = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=obs["direction"].device)
     playing, returns, weights = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), agent.step_weights()
-
-    def shoot(which: np.ndarray) -> None:
-        for i in filter(which.__getitem__, films):
-            films[i].append(Image.fromarray(envs.frame(i)))
-
     while playing.any():
-        shoot(playing)
         action, _, _, state = agent.act(obs, state, weights, clocks.exponential_())
         obs, reward, terminations, truncations, _ = envs.step(action)
+        if film is not None and playing[0]:
+            film.append(Image.fromarray(envs.frame()))
         returns += reward.cpu().numpy() * playing
-        done = (terminations | truncations).cpu().numpy()
-        shoot(playing & done)
-        playing &= ~done
+        playing &= ~(done := (terminations | truncations).cpu().numpy())
         if done.any():
             obs, _ = envs.reset(**reset | {"options": reset.get("options", {}) | {"reset_mask": done}})
     return returns
 
 
-def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[list[str], gym.vector.VectorEnv, dict]]:
-    """Names, environments (for each name equally many) and their reset, to levels that are the same for every run.
+def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[str, gym.vector.VectorEnv, dict]]:
+    """Name, eval_episodes environments, and their reset to levels that are the same for every run.
 
     Mazes: named and perfect ones, time limit 2 * size ** 2, two of the package's. Others: own levels never trained on.
     """
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
-        yield [args.env_id], make_minigrid(args.env_id, n, device), levels
+        yield args.env_id, make_minigrid(args.env_id, n, device), levels
         return
-    mazes = [named_maze(name, episode) for name in NAMED_MAZES for episode in range(n)]
-    mazes += [perfect_maze(21, episode) for episode in range(n)]
-    sides = [maze.walls.shape[1] + 2 for maze in mazes]
-    envs = MazeEnvs(len(mazes), device, max(sides), max_steps=2 * torch.tensor(sides, device=device) ** 2)
-    envs.sides = sides
-    yield [*NAMED_MAZES, "PerfectMaze21"], envs, {"options": {"mazes": join_mazes(mazes)}}
+    for name in (*NAMED_MAZES, "PerfectMaze21"):
+        mazes = [named_maze(name, k) if name in NAMED_MAZES else perfect_maze(21, k) for k in range(n)]
+        mazes = Mazes(*map(np.concatenate, zip(*mazes)))
+        size = mazes.walls.shape[1] + 2
+        yield name, MazeEnvs(n, device, size, 2 * size**2), {"options": {"mazes": mazes}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
-        yield [name], make_minigrid(f"MiniGrid-{name}-v0", n, device, see_like_mazes=True), levels
+        yield name, make_minigrid(f"MiniGrid-{name}-v0", n, device, see_like_mazes=True), levels
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
@@ -708,14 +674,13 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
     returns: dict[str, np.ndarray] = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
-        for names, envs, reset in evaluation_environments(args, device):
-            films = {k * args.eval_episodes: [] for k in range(len(names) if video else 0)}
-            returns |= zip(names, play(agent, envs, reset, films).reshape(len(names), -1))
+        for name, envs, reset in evaluation_environments(args, device):
+            returns[name] = play(agent, envs, reset, film := [] if video else None)
             envs.close()
-            for name, film in zip(names, films.values()):
+            if video:
                 video.mkdir(parents=True, exist_ok=True)
-                shown = [*film[2:-1:2], film[-1]]  # every second step, and the last
-                film[0].save(video / f"{name}.gif", save_all=True, append_images=shown, duration=100, loop=0)
+                film = film[::-2][::-1]  # every second frame, the last one included
+                film[0].save(video / f"{name}.gif", save_all=True, append_images=film[1:], duration=100, loop=0)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates, quarter = np.sort(list(solved.values())), len(solved) // 4
     result = {"solved_mean": float(rates.mean()), "solved_iqm": float(rates[quarter : len(rates) - quarter].mean())}
@@ -933,13 +898,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         for key, value in row.items():
             if not math.isnan(value):
                 writer.add_scalar(key, value, global_step)
-        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
-        columns = when | {key.split("/")[1]: value for key, value in row.items()}
-        with open(path, "a", newline="") as file:
-            table = csv.DictWriter(file, list(columns))
-            if file.tell() == 0:
-                table.writeheader()
-            table.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in columns.items()})
+        columns = {"global_step": global_step, "wall_seconds": time.time() - start_time}
+        columns |= {key.split("/")[1]: value for key, value in row.items()}
+        with open(path, "a") as file:
+            cells = (f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values())
+            file.writelines(",".join(x) + "\n" for x in ([columns, cells] if file.tell() == 0 else [cells]))
 
     def mean(x: Tensor) -> Tensor:
         """This rank's part of the mean over a minibatch of all ranks."""
@@ -1028,7 +991,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             if next_done.any():
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
                     with torch.no_grad():
-                        final_value = agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0])
+                        final_value = act(next_obs, lstm_state, step_weights, noise)[1]
                     rewards[step, here] += args.gamma * final_value * timeouts
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
@@ -1048,7 +1011,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             ends = torch.from_numpy(ended).to(device, torch.float32)
             rewards, values, next_value = share(rewards[:, here]), share(values[:, here]), torch.zeros(N, device=device)
             if args.bootstrap_timeouts:
-                next_value = share(agent.get_value(agent.step(next_obs, lstm_state, step_weights)[0]))
+                next_value = share(act(next_obs, lstm_state, step_weights, noise)[1])
             next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
             deltas = rewards + args.gamma * next_values - values
             advantages, lastgaelam = torch.zeros_like(rewards), 0.0

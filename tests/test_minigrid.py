@@ -92,25 +92,23 @@ def test_random_mazes_equal_the_package(vary, num_walls):
     assert assert_same_as_package(mazes, envs, 300, seed=0) > 20
 
 
+def join(mazes):
+    return script.Mazes(*map(np.concatenate, zip(*mazes)))
+
+
 def test_named_and_perfect_mazes_equal_the_package():
-    mazes = [script.named_maze(name, 1) for name in script.NAMED_MAZES] + [script.perfect_maze(21, 3)]
-    envs = script.MazeEnvs(10, CPU, 21, torch.tensor([450] * 8 + [882] * 2))
-    joined = script.join_mazes(mazes)
-    assert_same_as_package(joined, envs, 150, seed=1)
-    for i, maze in enumerate(mazes):  # in its own size, a maze looks no different
-        alone = script.MazeEnvs(1, CPU, maze.walls.shape[1] + 2, int(envs.max_steps[i]))
-        rng = np.random.default_rng(i)
-        a, b = alone.reset(options={"mazes": maze})[0], envs.reset(options={"mazes": joined})[0]
-        for _ in range(60):
-            assert torch.equal(a["image"][0], b["image"][i]) and a["direction"][0] == b["direction"][i]
-            action = torch.from_numpy(rng.integers(3, size=10))
-            a, b = alone.step(action[i : i + 1])[0], envs.step(action)[0]
+    for name in (*script.NAMED_MAZES, "PerfectMaze21"):
+        maze = [
+            script.named_maze(name, k) if name in script.NAMED_MAZES else script.perfect_maze(21, k) for k in (1, 3)
+        ]
+        envs = script.MazeEnvs(2, CPU, maze[0].walls.shape[1] + 2, 450)
+        assert_same_as_package(join(maze), envs, 150, seed=1)
 
 
 @pytest.mark.parametrize("size", [5, 13, 51, 101])
 def test_other_sizes_equal_the_package(size):
     if size > 20:
-        mazes = script.join_mazes([script.perfect_maze(size, seed) for seed in range(2)])
+        mazes = join([script.perfect_maze(size, seed) for seed in range(2)])
     else:
         mazes = script.random_mazes(np.arange(20), size, 4 if size == 5 else 60)
     assert_same_as_package(mazes, script.MazeEnvs(len(mazes.goal), CPU, size, 2 * size**2), 60, seed=size)
@@ -218,7 +216,7 @@ def test_level_starts_are_kept_and_forgotten_without_anyone_noticing():
     for first in (0, 64, *range(10**6, 10**6 + 64 * 140, 64), 0):
         levels = list(range(first, first + 64))
         obs = envs.reset(seed=levels)[0]
-        assert len(envs.known) <= len(envs.starts[0])
+        assert len(envs.known) <= 8192
     fresh.known = {}
     assert torch.equal(obs["image"], fresh.reset(seed=levels)[0]["image"]) and torch.equal(envs.cells, fresh.cells)
 
@@ -259,14 +257,13 @@ def test_registered_environments_play_the_level_that_is_their_seed(env_id, view)
 
 def test_pictures_are_the_packages():
     maze = script.named_maze("SixteenRooms", 0)
-    envs = script.MazeEnvs(1, CPU, 21)  # larger than the maze
-    envs.sides = [15]
-    envs.reset(options={"mazes": maze})
+    envs = script.MazeEnvs(2, CPU, 15)  # the first one is drawn
+    envs.reset(options={"mazes": join([maze, script.named_maze("Maze", 0)])})
     oracle = Oracle(maze, 100)
     oracle.reset()
     for action in (2, 2, 1, 2):
         assert np.array_equal(envs.frame(), oracle.grid.render(8, oracle.agent_pos, oracle.agent_dir))
-        envs.step(torch.tensor([action])), oracle.step(action)
+        envs.step(torch.tensor([action, 2])), oracle.step(action)
     assert envs.frame().shape == (120, 120, 3)
 
 
@@ -277,10 +274,9 @@ def step_by_step(agent, images, directions, starts):
     state, weights, outputs = (torch.zeros(starts.shape[1], 256),) * 2, agent.step_weights(), []
     for t in range(len(starts)):
         keep = torch.from_numpy(~starts[t]).float()[:, None]
-        hidden, state = agent.step(
-            {"image": images[t], "direction": directions[t]}, tuple(x * keep for x in state), weights
-        )
-        outputs.append(hidden)
+        obs, state = {"image": images[t], "direction": directions[t]}, tuple(x * keep for x in state)
+        *_, state = agent.act(obs, state, weights, torch.ones(starts.shape[1], 7))
+        outputs.append(state[0])
     return torch.cat(outputs)
 
 
@@ -364,24 +360,20 @@ class Table(nn.Module):
     def step_weights(self):
         return []
 
-    def step(self, obs, state, weights):
-        return obs["image"][:, 0, 0, 0].long(), state
-
-    def get_value(self, code):
-        return torch.tensor(VALUES).float()[code // 16, code % 16] + self.weight
+    def look_up(self, code):
+        logits, values = (torch.tensor(x).float()[code // 16, code % 16] + self.weight for x in (LOGITS, VALUES))
+        return logits.log_softmax(-1), values
 
     def act(self, obs, state, weights, clocks):
-        code, state = self.step(obs, state, weights)
-        logits = torch.tensor(LOGITS).float()[code // 16, code % 16].log_softmax(-1)
-        action = torch.multinomial(logits.exp(), 1)[:, 0]
-        return action, self.get_value(code), logits, state
+        logits, value = self.look_up(obs["image"][:, 0, 0, 0].long())
+        return (logits.exp() / clocks).argmax(-1), value, logits, state
 
     def unroll(self, image, direction, starts):
         return image[..., 0, 0, 0].long().flatten(), None
 
     def evaluate_actions(self, code, where, action):
-        logits = (torch.tensor(LOGITS).float()[code // 16, code % 16] + self.weight).log_softmax(-1)
-        return logits[torch.arange(len(code)), action], logits.sum(-1), self.get_value(code)
+        logits, value = self.look_up(code)
+        return logits[torch.arange(len(code)), action], logits.sum(-1), value
 
 
 @pytest.fixture
@@ -727,14 +719,14 @@ def test_evaluation_plays_each_episode_once_to_its_end_and_leaves_the_training_s
 def test_no_episode_is_left_out_and_none_counts_twice():
     """Levels that end early do not count more: a first-to-finish evaluation would see mostly those."""
     envs = Corridor(3)
-    returns = script.play(Table(), envs, {"seed": [0, 1, 2]}, {})
+    returns = script.play(Table(), envs, {"seed": [0, 1, 2]})
     assert returns.tolist() == [REWARDS[kind, : LENGTHS[kind]].sum() for kind in range(3)]
     assert len(envs.started) > 3  # the short ones went on, uncounted
 
 
 def test_time_limits_of_the_evaluation():
-    (names, envs, _), *packages = script.evaluation_environments(script.Args(eval_episodes=2), CPU)
-    limits = dict(zip(names, envs.max_steps.reshape(-1, 2)[:, 0].tolist()))
+    *mazes, _, _ = environments = list(script.evaluation_environments(script.Args(eval_episodes=2), CPU))
+    limits, packages = {name: envs.max_steps for name, envs, _ in mazes}, environments[-2:]
     assert limits.pop("LargeCorridor") == limits.pop("PerfectMaze21") == 882 and set(limits.values()) == {450}
     assert [package.env.call("max_steps")[0] for _, package, _ in packages] == [484, 100]
     assert all(package.single_observation_space["image"].shape == (5, 5, 3) for _, package, _ in packages)
