@@ -8,7 +8,8 @@
 
 A run's directory is named after its settings: runs/sweep/env_id=bigfish,curriculum=plr,seed=1. Its files are all that
 is remembered: with result.json it is finished, with checkpoint.pt it is continued by --resume, else it starts anew.
-job.log has what was started and what that printed, and is locked while the run's processes live.
+job.log has what was started, at which commit and on what machine, and what that printed; it is locked while the run's
+processes live.
 """
 
 import contextlib
@@ -90,6 +91,24 @@ def last_words(output: str) -> str:
     return (errors or boxes or lines or ["it printed nothing"])[-1]
 
 
+def commit_and_machine(script: Path) -> str:
+    """For job.log. A commit ends in "+changes" if the script or the sampler beside it differs from it."""
+
+    def output_of(*command: str) -> str:
+        if shutil.which(command[0]) is None:
+            return ""
+        return subprocess.run(command, cwd=script.parent, capture_output=True, text=True).stdout.strip()
+
+    commit = output_of("git", "rev-parse", "--short=7", "HEAD") or "unknown"
+    if output_of("git", "status", "--porcelain", "--", script.name, "plr_sampler.py"):
+        commit += "+changes"
+    cores, info = len(os.sched_getaffinity(0)), Path("/proc/cpuinfo").read_text()
+    cpu = (re.search(r"^model name\s*: (.+)", info, re.MULTILINE) or [0, "unknown CPU"])[1]
+    gpus = Counter(output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines())
+    names = [f"{count} {name}" for name, count in gpus.items()]
+    return f"commit {commit} on {cores} cores of {cpu}, {' and '.join(names) or 'no GPU'}"
+
+
 def look(run_dir: Path, queue: dict[str, str]) -> dict[str, str]:
     """A run's row of the table. `queue` is Slurm's."""
     row = dict.fromkeys(("run", "state", "steps", "return", "seconds", "why"), "") | {"run": run_dir.name}
@@ -148,7 +167,8 @@ class Job(submitit.helpers.Checkpointable):  # requeued as it is; then it finds 
             fcntl.flock(log, fcntl.LOCK_EX)  # waits, should another job have this run
         if (self.run_dir / "result.json").exists():
             return
-        log.write(f"\n$ {shlex.join(self.command())}\n".encode())
+        where = commit_and_machine(Path(self.script[-1]))
+        log.write(f"\n# {where}\n$ {shlex.join(self.command())}\n".encode())
         process, received = None, []
 
         def forward(number: int, _: Any) -> None:
@@ -294,11 +314,12 @@ def run_here(args: Args, waiting: list[Job], running: dict[Job, Any]) -> None:
             time.sleep(0.2)
 
 
-def main() -> None:
-    args = tyro.cli(Args)
+def sweep(args: Args) -> bool:
+    """All that this command does. False if runs on this machine are left that have failed or were stopped."""
     if args.table:
         queue = slurm_queue()
-        return print_table([look(path.parent, queue) for path in sorted(args.out.glob("*/job.log"))])
+        print_table([look(path.parent, queue) for path in sorted(args.out.glob("*/job.log"))])
+        return True
     jobs = plan(args)
     queue = slurm_queue() if args.executor == "slurm" else {}
     states = {job: look(job.run_dir, queue)["state"] for job in jobs}
@@ -306,7 +327,7 @@ def main() -> None:
     if args.dry_run:
         for job in jobs:
             print(shlex.join(job.command()) if job in idle else f"# {job.run_dir}: {states[job]}")
-        return
+        return True
     if args.executor == "slurm" and not (shutil.which("sbatch") and shutil.which("srun")):
         refuse("--executor slurm must be started where Slurm's sbatch and srun are.")
     try:
@@ -323,7 +344,11 @@ def main() -> None:
         queue = slurm_queue()
     rows = [look(job.run_dir, queue) for job in jobs]
     print_table(rows)
-    if args.executor == "local" and any(row["state"] != "finished" for row in rows):
+    return args.executor == "slurm" or all(row["state"] == "finished" for row in rows)
+
+
+def main() -> None:
+    if not sweep(tyro.cli(Args)):
         raise SystemExit(1)
 
 
