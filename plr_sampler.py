@@ -7,14 +7,18 @@ One class, NumPy only. It knows nothing of environments, networks or logging; co
     levels = sampler.next_levels(np.ones(64, bool))                    # (N,) the level each environment starts with
     levels = sampler.next_levels(done)                                 # during a rollout: a new one where done
     sampler.update(played_levels, step_scores, dones)                  # after it, from arrays of shape (T, N)
+    sampler.step(levels, values, next_values, rewards, dones, ...)     # or after each step, without such arrays
+    sampler.update_scores(played_levels, scores)                       # or one score per episode, however you got it
 
 Papers: PLR, Jiang et al. 2021 (arXiv 2010.03934); Robust PLR, Jiang et al. 2021 (arXiv 2110.02439).
 Names. The PLR paper's rho is `staleness_coef` here and its beta is `temperature`, as in every published code base;
 `rho` here is the share of levels that must have been scored before replay may start, as in the released code.
 """
 
+from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
-from typing import Any, NamedTuple
+from itertools import accumulate
+from typing import Any
 
 import numpy as np
 from numpy import ndarray
@@ -22,6 +26,14 @@ from numpy import ndarray
 TRANSFORMS = ("constant", "max", "eps_greedy", "rank", "power", "softmax")
 CHOICES = {"curriculum": ("plr", "uniform", "sequential"), "replay_schedule": ("fixed", "proportionate")}
 CHOICES |= {"score_transform": TRANSFORMS, "staleness_transform": TRANSFORMS}
+# Records of what was scored, in order. complete: False if a rollout's end cut it off; total_reward: nan but for `step`.
+COLUMNS = "env level steps score max_score complete total_reward", "i8 i8 i8 f8 f8 ? f8"
+EPISODE = np.dtype([*zip(*map(str.split, COLUMNS))])
+
+
+def require(condition: Any, message: str) -> None:
+    if not condition:
+        raise ValueError(message)
 
 
 def transform(x: ndarray, kind: str, temperature: float, eps: float, offset: float, among: ndarray) -> ndarray:
@@ -36,8 +48,7 @@ def transform(x: ndarray, kind: str, temperature: float, eps: float, offset: flo
     if kind == "max":
         w = (x == x.max()).astype(float)
     elif kind == "eps_greedy":
-        w *= eps / len(x)
-        w[x.argmax()] += 1 - eps
+        w = eps / len(x) + (1 - eps) * (np.arange(len(x)) == x.argmax())
     elif kind == "rank":
         order = np.argsort(-x)  # several times faster than a stable sort, which only ties need
         if (x[order][1:] == x[order][:-1]).any():
@@ -51,24 +62,12 @@ def transform(x: ndarray, kind: str, temperature: float, eps: float, offset: flo
     return w / w.sum() if w.sum() > 0 else np.full_like(w, 1 / len(w))
 
 
-class Episodes(NamedTuple):
-    """What `update` scored, in the order it was applied: arrays of one entry per episode segment."""
-
-    env: ndarray  # environment index, int64
-    level: ndarray  # level id, int64
-    steps: ndarray  # number of steps behind the score, int64
-    score: ndarray  # mean of the per-step scores, float64
-    max_score: ndarray  # maximum of the per-step scores, float64
-    complete: ndarray  # False for a tail that the rollout's end cut off, bool
-
-
 @dataclass(eq=False)
 class LevelSampler:
     """Scores, staleness and replay of levels, for a fixed set or for a bounded buffer over an unlimited space.
 
-    To read: `levels` int64 (-1: empty slot), `scores` float64, `seen` bool, `best_return` float64 (nan: none yet), one
-    entry per level or slot; `playing` (N,) int64, the level of each environment (-1: none); `counts`, totals, of which
-    started = completed + in progress + dropped after every call.
+    To read, per level or slot: `levels` int64 (-1: empty), `scores` float64, `seen` bool, `best_return` float64 or nan.
+    `playing` (N,) int64: each environment's level, or -1. `counts`: started = completed + in progress + dropped.
     """
 
     levels: Any = None  # ids of a fixed set: distinct integers >= 0. None: an unlimited space
@@ -92,34 +91,28 @@ class LevelSampler:
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name} {getattr(self, name)!r} is not one of {', '.join(allowed)}")
+            require(getattr(self, name) in allowed, f"{name} {getattr(self, name)!r} is not one of {allowed}")
         for name in ("eps", "staleness_coef", "rho", "nu", "alpha"):
-            if not 0 <= getattr(self, name) <= 1 or (name == "alpha" and self.alpha == 0):
-                raise ValueError(f"{name} {getattr(self, name)} is not between 0 and 1")
-        for name in ("temperature", "staleness_temperature", "num_envs"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} {getattr(self, name)} is not above 0")
+            require(0 <= getattr(self, name) <= 1, f"{name} {getattr(self, name)} is not between 0 and 1")
+        for name in ("temperature", "staleness_temperature", "num_envs", "alpha"):
+            require(getattr(self, name) > 0, f"{name} {getattr(self, name)} is not above 0")
         self.fixed = self.levels is not None
-        self.levels = np.array(self.levels if self.fixed else [-1] * self.buffer_size)
-        size = len(self.levels)
-        if size == 0 and (self.fixed or self.curriculum == "plr"):
-            raise ValueError("plr needs at least one level in levels, or a buffer_size above 0")
-        distinct = len(np.unique(self.levels)) == size and self.levels.dtype.kind in "iu"
-        if self.fixed and (not distinct or self.levels.min() < 0 or self.buffer_size):
-            raise ValueError("levels must be distinct integers >= 0 and come without a buffer_size")
-        if not self.fixed and self.level_space <= size:
-            raise ValueError(f"level_space {self.level_space} must be larger than the buffer's {size} levels")
-        self.levels = self.levels.astype(np.int64)
+        levels = np.array(self.levels if self.fixed else [-1] * self.buffer_size)
+        size, distinct = len(levels), levels.dtype.kind in "iu" and len(np.unique(levels)) == len(levels)
+        valid = distinct and levels.min(initial=0) >= 0 and not self.buffer_size
+        require(size or not (self.fixed or self.curriculum == "plr"), "plr needs levels or a buffer_size above 0")
+        require(valid or not self.fixed, "levels must be distinct integers >= 0 and come without a buffer_size")
+        require(self.fixed or self.level_space > size, f"level_space {self.level_space} must be above {size} levels")
+        self.levels = levels.astype(np.int64)
         self.rng = np.random.default_rng(self.seed)
         self.scores, self.seen, self.best_return = np.zeros(size), np.zeros(size, bool), np.full(size, np.nan)
         self.playing = np.full(self.num_envs, -1, np.int64)
         self.counts = dict.fromkeys("started completed dropped replayed new evicted rejected late".split(), 0)
         # Staleness counts the draws since a level's own last draw. Keeping the time of that draw makes a draw O(1).
-        self._clock, self._drawn_at = 0, np.zeros(size, np.int64)
-        self._next = 0  # sequential: number of levels dealt
+        self._clock, self._drawn_at, self._next = 0, np.zeros(size, np.int64), 0  # _next: levels dealt, if sequential
         self._staged: dict[int, tuple[int, float]] = {}  # new levels in play, not yet scored: (drawn at, best return)
         self._tails = np.full((4, self.num_envs), -1.0)  # stitching: level, steps, sum and maximum of open tails
+        self._open: dict[int, list] = {}  # `step`: environment -> (level, value, TD error, reward) of its steps so far
         self._index()
 
     # ---- which level next? -----------------------------------------------------------------------------------------
@@ -142,7 +135,10 @@ class LevelSampler:
         """Abandons the episodes in progress where mask (N,) bool: counted as dropped, their open tails never scored."""
         mask = self._per_env(mask, "mask").astype(bool) & (self.playing >= 0)
         self.counts["dropped"] += int(mask.sum())
+        for level in {*self.playing[mask].tolist()} - {*self.playing[~mask].tolist()}:
+            self._staged.pop(level, None)  # nobody will score it
         self.playing[mask] = self._tails[0, mask] = -1
+        self._open = {i: rows for i, rows in self._open.items() if not mask[i]}
 
     def decide_replay(self) -> bool:
         """The replay decision d of Algorithm 1: True to replay a scored level, False to play a new one."""
@@ -161,25 +157,21 @@ class LevelSampler:
         elif self.decide_replay() if replay is None else replay:
             slot = self._sample_replay()
             self.counts["replayed"] += 1
-            self._clock += 1
-            self._drawn_at[slot] = self._clock
-            return int(self.levels[slot])
+            return self._drawn(int(self.levels[slot]), slot)
         elif self.fixed:  # uniform over the unseen, or over all once none is left
             unseen = self._unseen if len(self._unseen) else np.arange(len(self.levels))
             level = self.levels[unseen[self.rng.integers(len(unseen))]]
         else:
-            level = self.rng.integers(self.level_space)
-            while self._slots(level) >= 0:
-                level = self.rng.integers(self.level_space)
+            while self._slots(level := self.rng.integers(self.level_space)) >= 0:
+                pass
         self.counts["new"] += 1
         return self._drawn(int(level))
 
     def weights(self) -> ndarray:
         """P_replay of PLR's eq. 5, (L,) float64: 0 for levels never scored, sum 1 (or 0 before the first score)."""
-        p = np.zeros(len(self.levels))
+        p, c = np.zeros(len(self.levels)), self.staleness_coef
         if self.num_seen:
-            score_part, staleness_part = self._score_weights(), self._staleness_weights()
-            p[self._seen_slots] = (1 - self.staleness_coef) * score_part + self.staleness_coef * staleness_part
+            p[self._seen_slots] = (1 - c) * self._score_weights() + c * self._staleness_weights()
         return p
 
     def staleness(self) -> ndarray:
@@ -199,11 +191,8 @@ class LevelSampler:
 
     def _sample_replay(self) -> int:
         """A slot drawn from `weights()`, one part of the mixture at a time: only staleness changes between updates."""
-        if self.num_seen == 0:
-            raise ValueError("no level has been scored yet, so none can be replayed")
-        if self._score_cdf is None:
-            self._score_cdf = np.cumsum(self._score_weights())
-        cdf = self._score_cdf
+        require(self.num_seen, "no level has been scored yet, so none can be replayed")
+        cdf = self._score_cdf = np.cumsum(self._score_weights()) if self._score_cdf is None else self._score_cdf
         if self.rng.random() < self.staleness_coef:
             if self.staleness_transform == "power" and self._clock > self._oldest:
                 # Rejection: propose uniformly, accept with (staleness / bound) ** (1 / T). Exact, and O(1) for any L.
@@ -216,9 +205,9 @@ class LevelSampler:
             cdf = np.cumsum(self._staleness_weights())
         return self._seen_slots[min(int(cdf.searchsorted(self.rng.random() * cdf[-1], side="right")), len(cdf) - 1)]
 
-    def _drawn(self, level: int) -> int:
+    def _drawn(self, level: int, slot: int | None = None) -> int:
         """Marks a level as drawn now; one that the buffer does not hold is staged until its first score."""
-        slot = self._slots(level)
+        slot = self._slots(level) if slot is None else slot
         self._clock += 1
         if slot >= 0:
             self._drawn_at[slot] = self._clock
@@ -228,30 +217,24 @@ class LevelSampler:
 
     # ---- what was learned? -----------------------------------------------------------------------------------------
 
-    def update(self, levels: ndarray, step_scores: ndarray, dones: ndarray, score_tails: bool = True) -> Episodes:
-        """Scores the levels of one rollout (PLR's Algorithm 2); returns what was scored.
+    def update(self, levels: ndarray, step_scores: ndarray, dones: ndarray, score_tails: bool = True) -> np.recarray:
+        """Scores the levels of one rollout (PLR's Algorithm 2); returns what was scored, records of EPISODE.
 
-        levels: (T, N) int, the level of each step. step_scores: (T, N) float. dones: (T, N), true where that step
-        ended its episode (CleanRL's `dones` shifted by one). score_tails=False leaves out the episodes that the end of
-        the rollout cuts off. ValueError for other shapes, scores not finite, unknown levels, a level that changes.
+        All (T, N): each step's level, its score, and whether it ended its episode (CleanRL's `dones` shifted by one).
+        score_tails=False leaves out the episodes that the end of the rollout cuts off.
+        ValueError for other shapes, scores not finite, unknown levels, a level that changes.
         """
-        levels, step_scores = np.asarray(levels, np.int64), np.asarray(step_scores, np.float64)
-        dones = np.asarray(dones).astype(bool)
-        if not levels.shape == step_scores.shape == dones.shape == (max(len(levels), 1), self.num_envs):
-            shapes = f"{levels.shape}, {step_scores.shape}, {dones.shape}"
-            raise ValueError(f"levels, step_scores and dones must share one shape (T, {self.num_envs}), got {shapes}")
-        if not np.isfinite(step_scores).all():
-            raise ValueError("step_scores holds nan or infinite values")
-        num_steps = len(levels)
+        levels, step_scores, dones = np.asarray(levels, int), np.asarray(step_scores, float), np.asarray(dones, bool)
+        shapes, num_steps = (levels.shape, step_scores.shape, dones.shape), len(levels)
+        message = f"levels, step_scores and dones must share one shape (T, {self.num_envs}), got {shapes}"
+        require(shapes == ((max(num_steps, 1), self.num_envs),) * 3, message)
+        require(np.isfinite(step_scores).all(), "step_scores holds nan or infinite values")
         level, score, done = levels.T.ravel(), step_scores.T.ravel(), dones.T.ravel()  # (N * T,), one env after another
         # segments: an environment's steps up to a done, or up to the end of the rollout
-        last = done.copy()
-        last[num_steps - 1 :: num_steps] = True
-        ends = np.flatnonzero(last)
-        starts = np.concatenate(([0], ends[:-1] + 1))
+        ends = np.union1d(np.flatnonzero(done), np.arange(num_steps - 1, len(done), num_steps))
+        starts = np.append(0, ends[:-1] + 1)
         env, steps, complete, level_of = starts // num_steps, ends - starts + 1, done[ends], level[starts]
-        if (level != np.repeat(level_of, steps)).any():
-            raise ValueError("a level changes within an episode: levels[t] must be the level that step t was played on")
+        require((level == np.repeat(level_of, steps)).all(), "a level changes within an episode of step_scores")
         self._slots(level_of)  # refuses unknown levels
         sums, maxima = np.add.reduceat(score, starts), np.maximum.reduceat(score, starts)
         if self.stitch_episodes:  # Algorithm 4: an episode's first part waits in _tails for the rest
@@ -261,60 +244,80 @@ class LevelSampler:
             maxima = np.where(resumed, np.maximum(maxima, max_before), maxima)
             self._tails[0], tail = -1, ~complete
             self._tails[:, env[tail]] = level_of[tail], steps[tail], sums[tail], maxima[tail]
-        tails = np.flatnonzero(~complete) if score_tails and not self.stitch_episodes else np.empty(0, np.int64)
-        order = np.concatenate((np.flatnonzero(complete), tails))
-        episodes = Episodes(*(x[order] for x in (env, level_of, steps, sums / steps, maxima, complete)))
+        columns = env, level_of, steps, sums / steps, maxima, complete, np.full(len(ends), np.nan)
+        tails = ~complete & (score_tails and not self.stitch_episodes)
+        order = np.concatenate((np.flatnonzero(complete), np.flatnonzero(tails)))
+        episodes = np.rec.fromarrays([x[order] for x in columns], EPISODE)
         self.update_scores(episodes.level, episodes.score)
         still = set(self.playing.tolist())  # forget new levels that were never scored and that nobody plays any more
         self._staged = {level: entry for level, entry in self._staged.items() if level in still}
         return episodes
 
+    def step(
+        self, levels: ndarray, values: ndarray, next_values: ndarray, rewards: ndarray, dones: ndarray, *,
+        gamma: float, gae_lambda: float, score: Callable = lambda advantages, deltas, regrets: abs(advantages),
+    ) -> np.recarray:  # fmt: skip
+        """Takes one step of every environment; scores the episodes that it ends, each as a whole (Algorithm 4).
+
+        All (N,), and before `next_levels`. next_values: V(s'), 0 where the episode terminated. score: step scores of
+        an episode from its advantages (GAE), TD errors and R_max - V, each (steps,) float64; value_l1 by default.
+        """
+        given = [self._per_env(x, "each argument") for x in (levels, values, next_values, rewards, dones)]
+        levels, values, next_values, rewards, dones = np.array(given, np.float64)
+        require(np.isfinite(rewards + values + next_values).all(), "values, next_values or rewards are not finite")
+        self._slots(levels.astype(np.int64))  # refuses unknown levels
+        require(all(rows[0][0] == levels[i] for i, rows in self._open.items()), "a level changes within an episode")
+        deltas = rewards + gamma * next_values - values
+        for i, row in enumerate(np.stack((levels, values, deltas, rewards), axis=1).tolist()):
+            self._open.setdefault(i, []).append(row)
+        episodes = []
+        for i in np.flatnonzero(dones).tolist():
+            level, (_, value, delta, reward) = int(levels[i]), np.array(self._open.pop(i)).T
+            self.record_returns([level], [reward.sum()])
+            advantage = [*accumulate(delta[::-1], lambda later, d: d + gamma * gae_lambda * later)][::-1]  # GAE
+            step_scores = score(np.array(advantage), delta, self.best_returns(level) - value)
+            episodes.append((i, level, len(delta), step_scores.mean(), step_scores.max(), True, reward.sum()))
+        episodes = np.array(episodes, EPISODE).view(np.recarray)
+        self.update_scores(episodes.level, episodes.score)
+        return episodes
+
     def update_scores(self, levels: ndarray, scores: ndarray) -> None:
         """Finished scores from anywhere, levels (n,), scores (n,), in order; then new levels compete for the buffer."""
         levels, scores = np.asarray(levels, np.int64), np.asarray(scores, np.float64)
-        if levels.ndim != 1 or levels.shape != scores.shape or not np.isfinite(scores).all():
-            raise ValueError(f"scores must be finite, one for each of the {levels.size} levels")
-        if self.score_transform == "power" and (scores < 0).any():
-            raise ValueError(f"the power transform needs scores >= 0, got {scores.min():g}: use rank or softmax")
-        if len(self.levels) and len(levels):
-            ids, first, inverse, n = np.unique(levels, return_index=True, return_inverse=True, return_counts=True)
-            slots = self._slots(ids)
-            known = slots >= 0
-            # score <- (1 - alpha) score + alpha m, n times over, in one sum: m counts with (1 - alpha) ** (later ones)
-            order = np.argsort(inverse, kind="stable")
-            after = np.repeat(np.cumsum(n), n) - 1 - np.arange(len(order))
-            m = self.alpha * (1 - self.alpha) ** after * scores[order]
-            mixed, kept = np.bincount(inverse[order], m), (1 - self.alpha) ** n
-            self.scores[slots[known]] = kept[known] * self.scores[slots[known]] + mixed[known]
-            self.seen[slots[known]] = True
-            self._index_seen()
-            for j in sorted(np.flatnonzero(~known), key=first.__getitem__):  # new levels, in order of appearance
-                if int(ids[j]) in self._staged:
-                    self._insert(int(ids[j]), kept[j] * scores[first[j]] + mixed[j])
-                else:
-                    self.counts["late"] += int(n[j])  # evicted or rejected meanwhile: nothing to credit it to
-            if not self.fixed:
-                self._index()
-
-    def _insert(self, level: int, score: float) -> None:
-        """A new level takes an empty slot, or that of the lowest replay probability if its score is not higher."""
-        drawn_at, best_return = self._staged.pop(level)
-        slot = self.num_seen
-        if slot == len(self.levels):
-            slot = self._lowest = int(self.weights().argmin()) if self._lowest is None else self._lowest
-            if self.scores[slot] > score:
-                self.counts["rejected"] += 1
-                return
-            self.counts["evicted"] += 1
-        self.levels[slot], self.scores[slot], self.seen[slot] = level, score, True
-        self._drawn_at[slot], self.best_return[slot] = drawn_at, best_return
+        finite = levels.ndim == 1 and levels.shape == scores.shape and np.isfinite(scores).all()
+        require(finite, f"scores must be finite, one for each of the {levels.size} levels")
+        require(self.score_transform != "power" or (scores >= 0).all(), "power needs scores >= 0: use rank or softmax")
+        if not len(self.levels):
+            return
+        slots, new, old, mean = self._slots(levels), {}, 1 - self.alpha, memoryview(self.scores)  # a view: quicker
+        for level, slot, m in zip(levels.tolist(), slots.tolist(), scores.tolist()):
+            if slot >= 0:
+                mean[slot] = old * mean[slot] + self.alpha * m
+            elif level in self._staged:
+                new[level] = old * new.get(level, m) + self.alpha * m
+            else:
+                self.counts["late"] += 1  # evicted or rejected meanwhile: nothing to credit it to
+        self.seen[slots[slots >= 0]] = True
         self._index_seen()
+        for level, score in new.items():  # take an empty slot, or that of the lowest replay probability
+            drawn_at, best_return = self._staged.pop(level)
+            slot = self.num_seen
+            if slot == len(self.levels):
+                slot = self._lowest = int(self.weights().argmin()) if self._lowest is None else self._lowest
+                if self.scores[slot] > score:
+                    self.counts["rejected"] += 1
+                    continue
+                self.counts["evicted"] += 1
+            self.levels[slot], self.scores[slot], self.seen[slot] = level, score, True
+            self._drawn_at[slot], self.best_return[slot] = drawn_at, best_return
+            self._index_seen()
+        if not self.fixed:
+            self._index()
 
     def record_returns(self, levels: ndarray, returns: ndarray) -> None:
         """Keeps the best return per level (MaxMC's R_max) of the finished episodes given, levels (n,), returns (n,)."""
         levels, returns, slots = np.asarray(levels), np.asarray(returns, np.float64), self._slots(levels)
-        if levels.shape != returns.shape:
-            raise ValueError(f"returns has shape {returns.shape}, expected that of levels, {levels.shape}")
+        require(levels.shape == returns.shape, f"returns has shape {returns.shape}, that of levels is {levels.shape}")
         np.fmax.at(self.best_return, slots[slots >= 0], returns[slots >= 0])
         for level, value in zip(levels[slots < 0].tolist(), returns[slots < 0].tolist()):
             if level in self._staged:
@@ -322,24 +325,18 @@ class LevelSampler:
 
     def best_returns(self, levels: ndarray, default: float = 0.0) -> ndarray:
         """The best return recorded for levels, any shape; `default` where no episode has finished yet."""
-        slots = self._slots(levels)
-        best = np.array(np.append(self.best_return, np.nan)[slots])
+        best = np.array(np.append(self.best_return, np.nan)[self._slots(levels)])
         for level, (_, value) in self._staged.items():
             best[np.asarray(levels) == level] = value
         return np.where(np.isnan(best), default, best)
 
-    # ---- bookkeeping -----------------------------------------------------------------------------------------------
-
     def _per_env(self, x: ndarray, name: str) -> ndarray:
-        if np.shape(x) != (self.num_envs,):
-            raise ValueError(f"{name} has shape {np.shape(x)}, expected ({self.num_envs},)")
+        require(np.shape(x) == (self.num_envs,), f"{name} has shape {np.shape(x)}, expected ({self.num_envs},)")
         return np.asarray(x)
 
     def _slots(self, levels: ndarray) -> ndarray:
         """The slot of each level, any shape; -1 where the buffer has none, ValueError where there cannot be one."""
-        if not len(self.levels):
-            return np.full(np.shape(levels), -1)
-        at = self._sorted_levels.searchsorted(levels).clip(max=len(self.levels) - 1)
+        at = self._sorted_levels.searchsorted(levels)
         found = self._sorted_levels[at] == levels
         unknown = ~found if self.fixed else np.less(levels, 0)
         if unknown.any():
@@ -348,8 +345,8 @@ class LevelSampler:
 
     def _index(self) -> None:
         """Rebuilds what is derived from `levels` and `seen`."""
-        self._sorted_slots = np.argsort(self.levels, kind="stable")
-        self._sorted_levels = self.levels[self._sorted_slots]
+        self._sorted_slots = np.append(np.argsort(self.levels, kind="stable"), -1)  # the last one is no level's
+        self._sorted_levels = np.append(self.levels, np.iinfo(np.int64).max)[self._sorted_slots]
         self._index_seen()
 
     def _index_seen(self) -> None:
@@ -383,14 +380,15 @@ class LevelSampler:
             "counts": dict(self.counts),
             "clocks": [self._clock, self._oldest, self._next],
             "rng": self.rng.bit_generator.state,
+            **({"open": np.array([(i, *row) for i, rows in self._open.items() for row in rows])} if self._open else {}),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`. Raises ValueError if it comes from a sampler of another shape or level set."""
         arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
         same = state["fixed"] == self.fixed and all(arrays[k].shape == getattr(self, k).shape for k in self._ARRAYS)
-        if not same or (self.fixed and (arrays["levels"] != self.levels).any()):
-            raise ValueError("the state belongs to a sampler with other levels or another number of environments")
+        same = same and not (self.fixed and (arrays["levels"] != self.levels).any())
+        require(same, "the state belongs to a sampler with other levels or another number of environments")
         for name in self._ARRAYS:
             getattr(self, name)[:] = arrays[name]
         self._index()
@@ -398,3 +396,5 @@ class LevelSampler:
         self.counts = dict(state["counts"])
         self._clock, self._oldest, self._next = state["clocks"]
         self.rng.bit_generator.state = state["rng"]
+        rows = np.asarray(state.get("open", ())).tolist()
+        self._open = {int(i): [row for j, *row in rows if i == j] for i in {i for i, *_ in rows}}

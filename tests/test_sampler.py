@@ -1,6 +1,8 @@
 """LevelSampler against the published numbers, slow plain-Python versions of its rules, and known defects.
 
-Marks such as (D6) or (S3) name the defect of an earlier code base that a test would catch.
+Marks such as (D6) or (S3) name the defect of an earlier code base that a test would catch. R1 to R13 are what users of
+other training loops asked for; R6 and R9 concern the scripts: test_minigrid.py (what new levels may not change) and
+test_torchrun.py (one curriculum, whatever the number of processes). tests/integrations/ has them with real workers.
 """
 
 import copy
@@ -19,6 +21,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support import gae_as_a_sum
 
 from plr_sampler import TRANSFORMS, LevelSampler
 
@@ -395,7 +398,8 @@ def test_update_equals_plain_loops(seed, steps, envs, alpha, stitch, tails):
     for _ in range(4):
         arrays, episodes = loop.rollout()
         want = slow_segments(*arrays, parts, stitch, tails)
-        np.testing.assert_allclose(np.array(episodes, float).T, np.array(want, float).reshape(-1, 6), atol=1e-12)
+        got = np.array([list(episode)[:6] for episode in episodes], float).reshape(-1, 6)
+        np.testing.assert_allclose(got, np.array(want, float).reshape(-1, 6), atol=1e-12)
         for _, level, _, mean, *_ in want:
             score[level] = (1 - alpha) * score.get(level, 0.0) + alpha * mean
         assert known(s) == pytest.approx(score, abs=1e-12) and s.seen.sum() == len(score)
@@ -405,9 +409,11 @@ def test_update_returns_a_record_per_segment():  # done in order: env 0 twice, e
     levels = [[0, 2], [0, 2], [1, 2], [1, 3], [5, 3]]
     scores = [[1, 4], [3, 5], [-2, 9], [-4, 1], [7, 0]]
     dones = [[0, 0], [1, 0], [0, 1], [1, 0], [0, 0]]
-    got = [x.tolist() for x in fixed(6, 2).update(levels, torch.tensor(scores), torch.tensor(dones))]
-    assert got[:3] == [[0, 0, 1, 0, 1], [0, 1, 2, 5, 3], [2, 2, 3, 1, 2]]
-    assert got[3:] == [[2, -3, 6, 7, 0.5], [3, -2, 9, 7, 1], [True, True, True, False, False]]
+    got = fixed(6, 2).update(levels, torch.tensor(scores), torch.tensor(dones))
+    assert [episode.tolist()[:5] for episode in got] == [
+        (0, 0, 2, 2, 3), (0, 1, 2, -3, -2), (1, 2, 3, 6, 9), (0, 5, 1, 7, 7), (1, 3, 2, 0.5, 1),
+    ]  # fmt: skip
+    assert got.complete.tolist() == [True, True, True, False, False] and np.isnan(got.total_reward).all()
 
 
 def test_a_tail_has_just_its_own_steps():  # (D1) one term too many at a tail; (S6) all rows of a larger array
@@ -444,7 +450,7 @@ def test_unseen_levels_and_empty_slots_take_no_rank(kind):  # (dcd) their zeros 
     assert (p[3], p[5]) == pytest.approx((1 / 3, 2 / 3))
 
 
-def test_scores_are_means_and_cut_episodes_weigh_by_steps():  # (S3) sums for finished episodes, means for others
+def test_scores_are_means_and_cut_episodes_weigh_by_steps():  # (R5, S3) sums for finished episodes, means for others
     score = np.random.default_rng(0).uniform(size=100)
     for cuts in ([], [1], [37, 38, 90]):
         s = fixed(stitch_episodes=True)
@@ -463,12 +469,130 @@ def test_the_last_environment_is_scored(kind):  # (S4) arrays sized without some
     assert known(s) == dict(enumerate(range(64)))
 
 
+# ---- step by step ----------------------------------------------------------------------------------------------------
+
+GAE = {"gamma": 0.9, "gae_lambda": 0.8}
+STEP_SCORES = {  # of (advantages, TD errors, R_max - V)
+    "value_l1": lambda advantages, deltas, regrets: np.abs(advantages),
+    "gae": lambda advantages, deltas, regrets: advantages,
+    "positive_value_loss": lambda advantages, deltas, regrets: np.maximum(advantages, 0),
+    "one_step_td_error": lambda advantages, deltas, regrets: np.abs(deltas),
+    "max_mc": lambda advantages, deltas, regrets: regrets,
+}
+
+
+def steps_of(s, levels, values, next_values, rewards, dones, **options):
+    """Feeds rows (T, N) one by one; the records of all episodes that ended."""
+    rows = zip(*(np.asarray(x) for x in (levels, values, next_values, rewards, dones)))
+    return np.concatenate([s.step(*row, **{**GAE, **options}) for row in rows]).view(np.recarray)
+
+
+def test_a_six_step_episode_by_hand():  # (R4)
+    s = fixed(3, 2)
+    levels, dones = [[2, 1]] * 6, [[0, 0]] * 5 + [[1, 0]]
+    values = np.array([[1, 0], [2, 0], [0, 0], [4, 0], [2, 0], [2, 0]], np.float32)
+    next_values = np.array([[2, 0], [0, 0], [4, 0], [2, 0], [2, 0], [0, 0]], np.float32)  # the last one: terminated
+    rewards = np.array([[0, 9], [1, 9], [0, 9], [-1, 9], [1, 9], [3, 9]], np.float32)
+    # TD errors with gamma = 1/2: 0, -1, 2, -4, 0, 1; advantages with gamma * lambda = 1/4, from the end:
+    # 1, 0.25, -3.9375, 1.015625, -0.74609375, -0.1865234375
+    options = {"gamma": 0.5, "gae_lambda": 0.5}
+    (episode,) = steps_of(s, levels, values, next_values, rewards, dones, **options)
+    mean = (1 + 0.25 + 3.9375 + 1.015625 + 0.74609375 + 0.1865234375) / 6
+    assert episode.tolist() == (0, 2, 6, pytest.approx(mean), pytest.approx(3.9375), True, 4)
+    assert s.scores[2] == pytest.approx(mean) and s.seen.tolist() == [False, False, True] and s.best_returns([2]) == 4
+    (episode,) = s.step([2, 1], [0, 0], [0, 7], [0, 0], [0, 1], **options)  # truncated: its own next value counts
+    assert episode.tolist()[:3] == (1, 1, 7) and episode.total_reward == 54
+    last = 0.5 * 7  # and the six before have TD error 9 each: advantages 12 - 3 / 4 ** k + 3.5 / 4 ** k, k steps left
+    want = [last, *(12 * (1 - 0.25**k) + last * 0.25**k for k in range(1, 7))]
+    assert episode.score == pytest.approx(np.mean(want)) and episode.max_score == pytest.approx(max(want))
+
+
+@pytest.mark.parametrize("score", STEP_SCORES)
+@given(SEEDS, st.integers(1, 40), st.integers(1, 4), st.floats(0.05, 1), st.lists(st.integers(1, 39), max_size=3))
+@settings(repeatable, max_examples=40)
+def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, saves):  # (R5, R13)
+    """Also when the sampler goes through a checkpoint in the middle of episodes, as between rollouts of any length."""
+    rng = np.random.default_rng(seed)
+    values, next_values, rewards = rng.normal(size=(3, steps, envs))
+    dones, terminated = rng.random((steps, envs)) < end, rng.random((steps, envs)) < 0.5
+    dones[-1] = True
+    next_values[:-1] = np.where(dones[:-1], next_values[:-1], values[1:])  # after a truncation: of the last observation
+    next_values[dones & terminated] = 0
+    deltas = rewards + GAE["gamma"] * next_values - values
+    advantages = gae_as_a_sum(deltas, dones, GAE["gamma"] * GAE["gae_lambda"])
+    first = np.vstack((np.zeros(envs, int), np.cumsum(dones, axis=0)[:-1]))
+    levels = first % 2 * envs + np.arange(envs)  # two levels for each environment, in turn
+    whole, online = fixed(2 * envs, envs, alpha=0.7), fixed(2 * envs, envs, alpha=0.7)
+    regrets, total = np.zeros((steps, envs)), np.zeros(envs)
+    for t, i in itertools.product(range(steps), range(envs)):
+        total[i] += rewards[t, i]
+        if dones[t, i]:
+            whole.record_returns([levels[t, i]], total[[i]])
+            played = first[:, i] == first[t, i]
+            regrets[played, i] = whole.best_returns(levels[t, i]) - values[played, i]
+            total[i] = 0
+    want = whole.update(levels, STEP_SCORES[score](advantages, deltas, regrets), dones)
+    got = []
+    for t in range(steps):
+        if t in saves:
+            state, online = through_torch(online.state_dict()), fixed(2 * envs, envs, alpha=0.7, seed=7)
+            online.load_state_dict(state)
+        row = levels[t], values[t], next_values[t], rewards[t], dones[t]
+        got += online.step(*row, **GAE, score=STEP_SCORES[score]).tolist()
+    assert all(a[:3] == b[:3] for a, b in zip(sorted(got, key=lambda x: x[0]), want.tolist(), strict=True))
+    numbers = [[episode[3:5] for episode in x] for x in (sorted(got, key=lambda x: x[0]), want.tolist())]
+    np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(online.scores, whole.scores, rtol=0, atol=1e-6)
+    np.testing.assert_allclose(online.best_return, whole.best_return)
+    assert sum(episode[6] for episode in got) == pytest.approx(rewards.sum()) and "open" not in online.state_dict()
+
+
+def test_steps_are_value_l1_unless_told_otherwise():
+    a, b = fixed(), fixed()
+    row = [0], [1.0], [0.0], [0.3], [True]
+    assert a.step(*row, **GAE).tolist() == b.step(*row, **GAE, score=STEP_SCORES["value_l1"]).tolist()
+    assert a.scores[0] == pytest.approx(0.7)
+
+
+def test_new_levels_enter_the_buffer_step_by_step():
+    s = buffer(4, 3, nu=0.5, rho=0.5)
+    s.next_levels(np.ones(3, bool))
+    rng = np.random.default_rng(0)
+    for _ in range(500):
+        done = rng.random(3) < 0.3
+        s.step(s.playing, *rng.random((3, 3)), done, **GAE)
+        s.next_levels(done)
+        assert balanced(s) and len(s._staged) <= 3 and s._open.keys() <= {0, 1, 2}
+    assert s.seen.all() and s.counts["evicted"] > 10 and s.counts["replayed"] > 100
+    assert s.counts["late"] < 0.1 * s.counts["completed"]  # replayed in one environment, evicted because of another
+
+
+def test_dropped_steps_are_never_scored():  # (R10)
+    s = fixed(3, 2)
+    s.next_levels([True, True], levels=[0, 1])
+    s.step([0, 1], [0, 0], [0, 0], [9, 1], [0, 0], **GAE)
+    s.drop([True, False])
+    s.next_levels([True, False], levels=[0, 0])
+    episodes = s.step([0, 1], [0, 0], [0, 0], [1, 1], [1, 1], gamma=1.0, gae_lambda=1.0)
+    assert episodes.steps.tolist() == [1, 2] and s.scores.tolist() == [1, 1.5, 0]
+    assert s.best_returns([0, 1]).tolist() == [1, 2] and balanced(s)
+
+
+def test_dropped_new_levels_are_forgotten():  # (R11) for those who report finished scores only
+    s = buffer(3, 2)
+    for k in range(100):
+        s.next_levels([True, True])
+        s.update_scores(s.playing[:1], [k])
+        s.drop([False, True])
+    assert len(s._staged) == 0 and s.counts["dropped"] == 100 and s.counts["late"] == 0 and balanced(s)
+
+
 # ---- ledger ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("envs", [1, 2, 10, 64])
 @pytest.mark.parametrize("kind, drop", [("fixed", 0.0), ("buffer", 0.2)])
-def test_ledger_balances_at_every_step(kind, drop, envs):
+def test_ledger_balances_at_every_step(kind, drop, envs):  # (R1, R2)
     s = make(kind, envs=envs, level_space=10**6)
     loop = Loop(s, end=0.6, drop=drop)
     while loop.completed < 12_500:  # 1e5 over the eight cases
@@ -479,7 +603,7 @@ def test_ledger_balances_at_every_step(kind, drop, envs):
     assert m["started"] == m["completed"] + m["in_progress"] + m["dropped"]
 
 
-def test_totals_are_the_same_for_1_and_10_environments():
+def test_totals_are_the_same_for_1_and_10_environments():  # (R3)
     lengths = np.random.default_rng(0).integers(1, 9, 1000)
     for envs in (1, 10):
         ends = np.cumsum(lengths.reshape(envs, -1), 1) - 1
@@ -492,7 +616,7 @@ def test_totals_are_the_same_for_1_and_10_environments():
         assert s.counts["started"] == 1000 + envs and episodes.steps[episodes.complete].sum() == lengths.sum()
 
 
-def test_a_dropped_episode_is_never_scored():
+def test_a_dropped_episode_is_never_scored():  # (R10)
     s = fixed(3, 2, stitch_episodes=True)
     s.next_levels([True, True], levels=[0, 1])
     s.update([[0, 1]] * 2, [[9, 1]] * 2, [[0, 0]] * 2)
@@ -541,7 +665,7 @@ def test_realised_replay_share():
     assert abs((loop.s.counts["replayed"] - before["replayed"]) / 4000 - 0.5) < 4.5 * math.sqrt(0.25 / 4000)
 
 
-def test_one_decision_serves_a_whole_rollout():
+def test_one_decision_serves_a_whole_rollout():  # (R7)
     s = fill(buffer(4, 16, rho=0.5, seed=3), range(4), [1, 2, 3, 4])
     decisions = set()
     for _ in range(20):
@@ -552,7 +676,7 @@ def test_one_decision_serves_a_whole_rollout():
     assert decisions == {True, False}
 
 
-def test_explicit_levels_start_only_where_done():
+def test_explicit_levels_start_only_where_done():  # (R8)
     s = fill(buffer(4, 3), [10, 11], [1, 2])
     s.next_levels([True] * 3, levels=[10, 11, 12])
     assert s.next_levels([True, False, True], levels=[77, 88, 99]).tolist() == [77, 11, 99]
@@ -646,7 +770,7 @@ def test_the_lowest_replay_probability_is_evicted_not_the_lowest_score():
 
 
 @pytest.mark.parametrize("score, gone", [(9.0, 12), (0.0, 20)], ids=["evicted", "rejected"])
-def test_a_late_score_changes_nothing(score, gone):  # (D6) it overwrote the level that had taken the slot
+def test_a_late_score_changes_nothing(score, gone):  # (R11, D6) it overwrote the level that had taken the slot
     s = fill(full(), [20], [score])
     before = s.state_dict()
     s.update_scores([gone, gone], [42.0, 43.0])
@@ -664,7 +788,7 @@ def test_a_new_level_with_a_score_of_0_or_less_enters(score):  # (D8) such tails
 
 
 @pytest.mark.parametrize("kind", ["buffer", "stitched"])
-def test_memory_is_bounded_and_ids_are_unique(kind):
+def test_memory_is_bounded_and_ids_are_unique(kind):  # (R11)
     s = make(kind, envs=4, nu=0.9)
     loop = Loop(s, steps=4, end=0.5, drop=0.2)
     for _ in range(1500):
@@ -722,7 +846,7 @@ def test_best_return_follows_the_level():
 
 
 @pytest.mark.parametrize("options", [{"stitch_episodes": True}, {}], ids=["stitched", "no tails"])
-def test_best_return_of_an_episode_that_spans_rollouts(options):
+def test_best_return_of_an_episode_that_spans_rollouts(options):  # (R13)
     s = buffer(3, **options)
     level = s.next_levels([True])
     play(s, [level[0]] * 2, [1.0, 2.0], [0, 0], score_tails=False)
@@ -769,6 +893,10 @@ BAD_CALLS = {
     "update nan tail": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS)),
     "update nan tail left out": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS, score_tails=False)),
     "level changes": ("level changes", lambda s: s.update([[0, 0], [0, 1], [0, 1]], ZEROS, ZEROS)),
+    "step shape": ("shape", lambda s: s.step([2], [0], [0], [0], [0], **GAE)),
+    "step nan": ("finite", lambda s: s.step([2, 2], [0, 0], [0, math.nan], [0, 0], [0, 0], **GAE)),
+    "step unknown": ("level 7", lambda s: s.step([2, 7], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)),
+    "step level changes": ("level changes", lambda s: s.step([2, 1], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)),
     "update_scores": ("scores", lambda s: s.update_scores([0, 1], [0.5])),
     "update_scores 2-d": ("scores", lambda s: s.update_scores([[0, 1]], [[0.5, 0.5]])),
     "record_returns": ("returns", lambda s: s.record_returns([0, 1], [0.5])),
@@ -792,6 +920,7 @@ def test_bad_calls_are_named_and_change_nothing(name, stitch):
     message, call = BAD_CALLS[name]
     s = fixed(3, 2, stitch_episodes=stitch)
     s.update([[2, 2]], [[1, 1]], [[0, 0]], score_tails=False)  # leaves open tails if stitched
+    s.step([2, 2], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)  # leaves open episodes
     before = s.state_dict()
     with pytest.raises(ValueError, match=message):
         call(s)
@@ -805,7 +934,7 @@ def test_power_refuses_negative_scores():
     assert not s.seen.any()
 
 
-def test_the_sampler_needs_numpy_only():
+def test_the_sampler_needs_numpy_only():  # (R12)
     code = "import sys, plr_sampler; sys.exit(bool({'torch', 'gym', 'gymnasium', 'procgen'} & {*sys.modules}))"
     root = Path(__file__).resolve().parents[1]
     assert subprocess.run([sys.executable, "-c", code], cwd=root).returncode == 0
