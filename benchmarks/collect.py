@@ -53,7 +53,7 @@ def settings(args: dict[str, Any]) -> dict[str, Any]:
 
 def millions(steps: float) -> str:
     """2,015,232 -> 2M, 24,985,600 -> 25M, 500,498,432 -> 500M: two digits."""
-    return f"{float(f'{steps / 1e6:.2g}'):g}M"
+    return f"{float(f'{steps / 1e6:.2g}'):.6f}".rstrip("0").rstrip(".") + "M"
 
 
 def default_name(args: dict[str, Any]) -> str:

@@ -31,6 +31,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
+import cloudpickle
 import tyro
 
 # What Slurm warns a job with: a signal that the training scripts know, in case that Slurm sends it to them as well.
@@ -106,7 +107,7 @@ def commit_and_machine(script: Path) -> str:
     cpu = (re.search(r"^model name\s*: (.+)", info, re.MULTILINE) or [0, "unknown CPU"])[1]
     gpus = Counter(output_of("nvidia-smi", "--query-gpu=name", "--format=csv,noheader").splitlines())
     names = [f"{count} {name}" for name, count in gpus.items()]
-    return f"commit {commit} on {cores} cores of {cpu}, {' and '.join(names) or 'no GPU'}"
+    return f"commit {commit} on {cpu}, {cores} cores, {' and '.join(names) or 'no GPU'}"
 
 
 def look(run_dir: Path, queue: dict[str, str]) -> dict[str, str]:
@@ -316,6 +317,8 @@ def run_here(args: Args, waiting: list[Job], running: dict[Job, Any]) -> None:
 
 def sweep(args: Args) -> bool:
     """All that this command does. False if runs on this machine are left that have failed or were stopped."""
+    if __name__ != "__main__":  # for reproduce_*.py: submitit's processes could not import this module
+        cloudpickle.register_pickle_by_value(sys.modules[__name__])
     if args.table:
         queue = slurm_queue()
         print_table([look(path.parent, queue) for path in sorted(args.out.glob("*/job.log"))])

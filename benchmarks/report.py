@@ -19,6 +19,7 @@ import matplotlib
 import numpy as np
 import tyro
 from collect import ROOT, RUNS, millions, settings
+from launch import refuse
 from scipy import stats
 
 matplotlib.use("Agg")
@@ -252,7 +253,7 @@ def short_of(runs: list[Run], kind: str, n: int | None = None) -> str:
     if not all(run.finished for run in runs):
         parts.append("unfinished")
     if (least := min(run.episodes for run in runs)) < published["episodes"]:
-        parts.append(f"{least} episodes")
+        parts.append(f"{least} episode{'s' * (least > 1)}")
     return f" ({', '.join(parts)})" if parts else ""
 
 
@@ -383,6 +384,12 @@ def solved(run: Run) -> dict[str, float]:
     return {key[7:]: x for key, x in run.evaluation.items() if re.match("solved_(?!mean$|iqm$)", key)}
 
 
+def mazes_of(section: Section) -> list[str]:
+    """dcd's first."""
+    runs = [run for runs in section.evaluated.values() for run in runs]
+    return sorted(dict.fromkeys(maze for run in runs for maze in solved(run)), key=lambda maze: maze not in SEVEN)
+
+
 def mean_of_seven(runs: list[Run]) -> list[float]:
     return [np.mean([solved(run)[maze] for maze in SEVEN]) for run in runs]
 
@@ -417,8 +424,7 @@ def published_summaries(curriculum: str) -> list[str]:
 
 
 def maze_table(section: Section) -> str:
-    mazes = list(dict.fromkeys(maze for runs in section.evaluated.values() for run in runs for maze in solved(run)))
-    mazes.sort(key=lambda maze: maze not in SEVEN)
+    mazes = mazes_of(section)
     columns = {"share of episodes solved": [*mazes, *SUMMARIES]}
     for name in section.columns:
         if runs := section.evaluated.get(name):
@@ -581,7 +587,7 @@ def maze_picture(section: Section) -> Figure:
 def maze_bars(section: Section) -> Figure:
     """Solved rate in every maze: runs, their mean, and the published mean with its standard error."""
     columns = section.evaluated
-    mazes = list(dict.fromkeys([*SEVEN, *(maze for runs in columns.values() for run in runs for maze in solved(run))]))
+    mazes = mazes_of(section)
     figure, (axis,) = figure_of(1, 1, 11, 4)
     for i, (name, runs) in enumerate(columns.items()):
         color, width = color_of(section, name), 0.8 / len(columns)
@@ -724,6 +730,9 @@ def with_tables(readme: str, blocks: dict[str, str]) -> str:
 
 def main() -> None:
     args = tyro.cli(Args)
+    for run_dir in args.run_dirs:
+        if not (run_dir / "args.json").exists():
+            refuse(f"RUN-DIRS {run_dir} is not a run's directory: it has no args.json.")
     text, pictures, blocks = report(args.run_dirs or [path.parent for path in RUNS.glob("*/args.json")])
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
     for name, figure in pictures.items():

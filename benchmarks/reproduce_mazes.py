@@ -27,11 +27,10 @@ class Args(launch.Args):
     total_timesteps: int = 250_000_000  # environment steps of each run
     gradient_matched: bool = False
     """instead, robust_plr until it has about as many gradient updates as dr and plr after --total-timesteps"""
-    flags: str = ""  # more flags for every run, as in --flags "--precision bf16 --compile"
     out: Path = Path("runs/reproduce_mazes")  # folder of the run directories
     results: Path = collect.RUNS  # folder for the copies of finished runs
     command: tyro.conf.Suppress[str] = f"python {os.path.relpath(collect.ROOT / 'ppo_robust_plr_minigrid.py')}"
-    values: tyro.conf.Suppress[tuple[str, ...]] = ()
+    values: tuple[str, ...] = ()  # more flags, as in precision=bf16 compile=True; each of several values: alpha=0.5,1
 
 
 def gradient_matched_steps(total_timesteps: int) -> int:
@@ -47,8 +46,8 @@ def main() -> None:
     args = tyro.cli(Args)
     if args.gradient_matched:
         args.curricula, args.total_timesteps = ("robust_plr",), gradient_matched_steps(args.total_timesteps)
-    args.command += f" {args.flags}"
-    args.values = (f"curriculum={','.join(args.curricula)}", f"total_timesteps={args.total_timesteps}")
+    chosen = f"curriculum={','.join(args.curricula)}", f"total_timesteps={args.total_timesteps}"
+    args.values = (*chosen, *args.values)
     collect.sweep(args, args.results)
 
 

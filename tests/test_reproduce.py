@@ -1,0 +1,168 @@
+"""benchmarks/reproduce_*.py and collect.py: which runs they start, what they keep of a run."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support import ROOT
+
+import ppo_plr_procgen
+import ppo_robust_plr_minigrid
+
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import collect
+import report
+import reproduce_mazes
+import reproduce_procgen
+
+START = {"command": "python ppo_plr_procgen.py", "commit": "abc1234", "machine": "a machine"}
+
+
+def call(script, monkeypatch, capsys, flags: str) -> str:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", [f"{script.__name__}.py", *flags.split()])
+    script.main()
+    return capsys.readouterr().out
+
+
+def refused(capsys, action) -> str:
+    with pytest.raises(SystemExit) as stop:
+        action()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.startswith("error: ") and message.count("\n") == 1
+    return message
+
+
+# ---- which runs ------------------------------------------------------------------------------------------------------
+
+
+def test_procgen_starts_the_papers_320_runs_or_some_of_them(monkeypatch, capsys, tmp_path):
+    lines = call(reproduce_procgen, monkeypatch, capsys, f"--out {tmp_path} --dry-run").splitlines()
+    assert len(set(lines)) == 16 * 2 * 10
+    names = {line.split(f"{tmp_path}/")[1] for line in lines}
+    assert "env_id=ninja,curriculum=uniform,total_timesteps=25000000,seed=10" in names
+    assert {line.split()[3] for line in lines} == set(ppo_plr_procgen.GAMES)
+    args = ppo_plr_procgen.Args()  # the rest of the paper's settings are the script's defaults
+    assert (args.distribution_mode, args.num_levels, args.eval_episodes) == ("easy", 200, 100)
+    flags = f"--games leaper bigfish --curricula plr --seeds 3 --total-timesteps 2000000 --out {tmp_path} --dry-run"
+    lines = call(reproduce_procgen, monkeypatch, capsys, f"{flags} --values precision=bf16").splitlines()
+    expected = "--curriculum plr --total-timesteps 2000000 --precision bf16 --seed 3 --run-dir"
+    assert [line.split(f" {tmp_path}")[0] for line in lines] == [
+        f"python ppo_plr_procgen.py --env-id {game} {expected}" for game in ("leaper", "bigfish")
+    ]
+
+
+def test_mazes_start_dcds_30_runs_or_robust_plr_for_as_many_updates(monkeypatch, capsys, tmp_path):
+    lines = call(reproduce_mazes, monkeypatch, capsys, f"--out {tmp_path} --dry-run").splitlines()
+    assert len(set(lines)) == 3 * 10 and all("--total-timesteps 250000000 " in line for line in lines)
+    lines = call(reproduce_mazes, monkeypatch, capsys, f"--gradient-matched --out {tmp_path} --dry-run").splitlines()
+    assert len(lines) == 10 and all("--curriculum robust_plr --total-timesteps 500506624" in line for line in lines)
+
+
+def test_gradient_matched_means_as_many_replays_as_dr_has_rollouts():
+    """Against the committed run: 5,935 updates, 5 in each rollout that replays."""
+    result = json.loads((collect.RUNS / "mazes_robust_plr_20M_seed1" / "result.json").read_text())
+    rollouts = result["gradient_updates"] // ppo_robust_plr_minigrid.Args().update_epochs
+    steps = reproduce_mazes.gradient_matched_steps(rollouts * 256 * 32)
+    assert abs(steps / result["global_step"] - 1) < 0.02
+
+
+def test_a_run_is_trained_copied_and_not_trained_again(tmp_path, monkeypatch, capsys):
+    """As a user does it, with the shortest training there is."""
+    flags = "--curricula dr --seeds 5 --total-timesteps 96 --values num_envs=4 num_steps=24 eval_episodes=1 maze_size=7"
+    flags += f" num_walls=6 max_steps=20 --out {tmp_path / 'out'} --results {tmp_path / 'results'} --cpus 1"
+    command = [sys.executable, "benchmarks/reproduce_mazes.py", *flags.split()]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0 and not done.stderr, done.stdout + done.stderr
+    for out, trained in ((done.stdout, 1), (call(reproduce_mazes, monkeypatch, capsys, flags), 0)):
+        assert out.count("python ppo_robust_plr_minigrid.py") == trained and "1 finished" in out
+    (folder,) = (tmp_path / "results").iterdir()
+    assert folder.name.startswith("mazes_dr_0.000096M_seed5_num_walls=6_")
+    assert {x.name for x in folder.iterdir()} == {
+        "args.json", "result.json", "run.json", "progress.csv", "evaluations.csv"
+    }  # fmt: skip
+    (start,) = json.loads((folder / "run.json").read_text())["starts"]
+    assert start["command"].startswith("python ppo_robust_plr_minigrid.py --curriculum dr") and start["machine"]
+    commit = subprocess.check_output(["git", "rev-parse", "--short=7", "HEAD"], cwd=ROOT, text=True).strip()
+    assert start["commit"].removesuffix("+changes") == commit
+    run = report.read_run(folder)
+    assert run.finished and run.steps == 96 and run.evaluation["solved_mean"] >= 0
+
+
+# ---- what is kept of a run -------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def run_dir(finished_run, tmp_path) -> Path:
+    return Path(shutil.copytree(finished_run(ppo_plr_procgen), tmp_path / "run"))
+
+
+def test_a_copy_has_the_results_and_where_they_are_from(run_dir, tmp_path):
+    copy = collect.collect(run_dir, tmp_path / "results", start=START, note="slow disk")
+    assert copy.name.startswith("fruitbot_plr_0.00038M_seed1_num_levels=5_")
+    assert json.loads((copy / "run.json").read_text()) == {"starts": [START], "note": "slow disk"}
+    for name in ("result.json", "evaluations.csv", "progress.csv"):
+        assert (copy / name).read_text() == (run_dir / name).read_text()
+    args = json.loads((run_dir / "args.json").read_text()) | {"run_dir": "run"}
+    assert json.loads((copy / "args.json").read_text()) == args
+    assert {x.name for x in copy.iterdir()} <= {x.name for x in run_dir.iterdir()} | {"run.json"}
+    assert not (copy / "checkpoint.pt").exists()
+
+
+def test_job_log_tells_each_commit_and_machine(run_dir, tmp_path):
+    log = "# python a.py --seed 1\n\n# commit 1111111 on a CPU, no GPU\n$ python a.py --seed 1 --run-dir r\nsteps\n"
+    again = "\n# commit {} on {}\n$ python a.py --resume r\nsteps\n"
+    log += again.format("1111111", "a CPU, no GPU") + again.format("2222222+changes", "b CPU, 1 H200")
+    (run_dir / "job.log").write_text(log)
+    starts = json.loads((collect.collect(run_dir, tmp_path / "results") / "run.json").read_text())["starts"]
+    assert starts == [
+        {"command": "python a.py --seed 1 --run-dir r", "commit": "1111111", "machine": "a CPU, no GPU"},
+        {"command": "python a.py --resume r", "commit": "2222222+changes", "machine": "b CPU, 1 H200"},
+    ]
+
+
+def test_an_unfinished_run_is_copied_and_later_the_finished_one_takes_its_place(run_dir, tmp_path):
+    result = (run_dir / "result.json").rename(tmp_path / "result.json")
+    copy = collect.collect(run_dir, tmp_path / "results", start=START)
+    assert not (copy / "result.json").exists() and not report.read_run(copy).finished
+    result.rename(run_dir / "result.json")
+    assert collect.collect(run_dir, tmp_path / "results", start=START) == copy
+    assert report.read_run(copy).finished
+
+
+def test_another_run_is_not_overwritten(run_dir, tmp_path, capsys):
+    copy = collect.collect(run_dir, tmp_path / "results", start=START)
+    result = json.loads((run_dir / "result.json").read_text())
+    (run_dir / "result.json").write_text(json.dumps(result | {"fingerprint": "another"}))
+    before = (copy / "result.json").read_text()
+    message = refused(capsys, lambda: collect.collect(run_dir, tmp_path / "results", start=START))
+    assert "--name must be another" in message and (copy / "result.json").read_text() == before
+    assert collect.collect(run_dir, tmp_path / "results", "second", START).name == "second"
+
+
+def test_a_run_of_unknown_origin_and_a_folder_without_a_run_are_refused(run_dir, tmp_path, capsys):
+    message = refused(capsys, lambda: collect.collect(run_dir, tmp_path / "results", start=START | {"commit": ""}))
+    assert "--commit, --machine and --command must be given" in message
+    assert "it has no args.json" in refused(capsys, lambda: collect.collect(tmp_path, tmp_path / "results"))
+    assert not (tmp_path / "results").exists()
+
+
+def test_csv_files_are_thinned_to_evenly_spaced_whole_rows():
+    rows = [f"{i},{i * i}\n" for i in range(1, 1001)]
+    kept = collect.thin("".join(["step,x\n", *rows, "1001,10"])).splitlines(True)
+    assert kept[0] == "step,x\n" and len(kept) == 1 + collect.MAX_ROWS
+    assert kept[1] == rows[0] and kept[-1] == rows[-1] and set(kept[1:]) <= set(rows)
+    steps = [int(row.split(",")[0]) for row in kept[1:]]
+    assert {b - a for a, b in zip(steps, steps[1:])} == {5, 6}
+    assert collect.thin("step,x\n1,1\n2,4\n") == "step,x\n1,1\n2,4\n" and collect.thin("") == ""
+
+
+def test_settings_are_the_flags_that_differ_from_the_papers():
+    args = vars(ppo_robust_plr_minigrid.Args(seed=3, curriculum="dr", num_walls=60, precision="bf16", run_dir="x"))
+    assert collect.settings(args) == {"num_walls": 60, "precision": "bf16"}
+    assert collect.default_name(args) == "mazes_dr_250M_seed3_num_walls=60_precision=bf16"
+    args = vars(ppo_plr_procgen.Args(env_id="maze", total_timesteps=24_985_600))
+    assert collect.settings(args) == {} and collect.default_name(args) == "maze_plr_25M_seed1"
