@@ -134,10 +134,10 @@ def read_run(run_dir: Path) -> Run:
     if result.exists():
         at = json.loads(result.read_text())
         evaluation = at["evaluation"]
-        # --evaluate wrote these later, of the same checkpoint unless the run went on
-        for file in sorted(run_dir.glob("evaluation_*.json")):
+        for file in sorted(run_dir.glob("evaluation_*.json")):  # what --evaluate wrote later
             later = json.loads(file.read_text())
-            if later["args"]["total_timesteps"] == args["total_timesteps"]:
+            same_checkpoint = later["args"]["total_timesteps"] == args["total_timesteps"]
+            if same_checkpoint and settings(later["args"]) == settings(args):
                 evaluation, episodes = later, later["args"]["eval_episodes"]
     pace = at.get("steps_per_second") or (1 / np.mean(1 / progress["SPS"]) if progress else np.nan)
     run = Run(
@@ -158,10 +158,7 @@ def read_paper(file: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 PROCGEN, MAZES = read_paper("procgen_easy.csv"), read_paper("mazes_25_blocks.csv")
-PUBLISHED = {
-    "Procgen": PROCGEN["starpilot", "plr"],
-    "Mazes": MAZES["Maze", "plr"],
-}  # runs, steps, episodes: of all rows
+PUBLISHED = {"Procgen": PROCGEN["maze", "plr"], "Mazes": MAZES["Maze", "plr"]}  # runs, steps, episodes: as in all rows
 
 
 class Section(NamedTuple):
@@ -695,6 +692,16 @@ def summary_of_mazes(found: list[Section]) -> str:
     return table(["", *SUMMARIES[:4]], rows)
 
 
+PROCGEN_PARTS = (
+    {"": procgen_picture},
+    {"": procgen_table, "_differences": procgen_differences, "_gaps": procgen_gaps},
+)
+MAZES_PARTS = (
+    {"": maze_picture, "_by_maze": maze_bars, "_training": maze_training_picture},
+    {"": maze_table, "_differences": maze_differences},
+)
+
+
 def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, Figure], dict[str, str]]:
     """REPORT.md, its pictures by name, and the tables of README.md by name."""
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.25})
@@ -702,20 +709,14 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, Figure], dict[str, 
     text, pictures, found = FIRST, {}, sections(runs)
     blocks = {"mazes": summary_of_mazes(found)}
     for section in found:
-        mazes = section.kind != "Procgen"
+        draws, makes = PROCGEN_PARTS if section.kind == "Procgen" else MAZES_PARTS
         text += f"\n## {section.title}\n"
-        drawn = (
-            {"": maze_picture, "_by_maze": maze_bars, "_training": maze_training_picture}
-            if mazes
-            else {"": procgen_picture}
-        )
-        tables = (maze_table, maze_differences) if mazes else (procgen_table, procgen_differences, procgen_gaps)
-        for name, draw in drawn.items():
-            pictures[f"{section.file}{name}.png"] = draw(section)
-            text += f"\n![{section.title}{name.replace('_', ' ')}](pictures/{section.file}{name}.png)\n"
-        for written in (make(section) for make in tables):
+        for part, draw in draws.items():
+            pictures[f"{section.file}{part}.png"] = draw(section)
+            text += f"\n![{section.title}{part.replace('_', ' ')}](pictures/{section.file}{part}.png)\n"
+        for part, make in makes.items():
+            blocks[f"{section.file}{part}"] = written = make(section)
             text += f"\n{written}" * bool(written)
-            blocks.setdefault(section.file, written)
     return f"{text}\n## The runs\n\n{runs_table(runs)}", pictures, blocks
 
 
@@ -723,7 +724,9 @@ def with_tables(readme: str, blocks: dict[str, str]) -> str:
     """README.md with what stands between <!-- report: NAME --> and <!-- end --> replaced by the table of that name."""
 
     def replaced(match: re.Match) -> str:
-        return f"{match[1]}\n{blocks[match[2]]}{match[3]}" if match[2] in blocks else match[0]
+        if match[2] not in blocks:
+            refuse(f"README.md has a table {match[2]} that is none of the report's: {', '.join(blocks)}.")
+        return f"{match[1]}\n\n{blocks[match[2]]}\n{match[3]}"
 
     return re.sub(r"(<!-- report: (\S+) -->)\n.*?(<!-- end -->)", replaced, readme, flags=re.DOTALL)
 

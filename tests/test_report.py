@@ -218,8 +218,10 @@ def test_a_run_that_goes_on_can_be_shown(tmp_path):
     assert "131,072 of 25,000,000, unfinished" in text and list(pictures) == ["procgen_25M.png"]
 
 
-def test_readme_tables_are_replaced_by_name():
-    readme = "a\n<!-- report: mazes -->\nold\n<!-- end -->\nb\n<!-- report: other -->\nkept\n<!-- end -->\n"
-    expected = readme.replace("old\n", "| new |\n")
-    assert report.with_tables(readme, {"mazes": "| new |\n"}) == expected
-    assert report.with_tables(expected, {"mazes": "| new |\n"}) == expected
+def test_readme_tables_are_replaced_by_name(capsys):
+    readme = "a\n<!-- report: mazes -->\nold\n<!-- end -->\nb\n<!-- report: mazes -->\n<!-- end -->\n"
+    block = "<!-- report: mazes -->\n\n| new |\n\n<!-- end -->\n"
+    assert report.with_tables(readme, {"mazes": "| new |\n"}) == f"a\n{block}b\n{block}"
+    with pytest.raises(SystemExit):
+        report.with_tables(readme, {"procgen_2M": "| new |\n"})
+    assert "a table mazes that is none of the report's: procgen_2M" in capsys.readouterr().err
