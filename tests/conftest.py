@@ -2,12 +2,16 @@ import functools
 from pathlib import Path
 
 import pytest
-from support import TINY, train
+
+
+def pytest_addoption(parser):
+    parser.addoption("--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game")
 
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """finished_run(script): the directory of a tiny finished run, made once; tests leave it as it was."""
+    from support import TINY, train  # here, as tests/integrations/ runs without what the scripts need
 
     @functools.cache
     def finished_run(script) -> Path:
