@@ -27,8 +27,8 @@ TRANSFORMS = ("constant", "max", "eps_greedy", "rank", "power", "softmax")
 CHOICES = {"curriculum": ("plr", "uniform", "sequential"), "replay_schedule": ("fixed", "proportionate")}
 CHOICES |= {"score_transform": TRANSFORMS, "staleness_transform": TRANSFORMS}
 # Records of what was scored, in order. complete: False if a rollout's end cut it off; total_reward: nan but for `step`.
-COLUMNS = "env level steps score max_score complete total_reward", "i8 i8 i8 f8 f8 ? f8"
-EPISODE = np.dtype([*zip(*map(str.split, COLUMNS))])
+EPISODE = [("env", int), ("level", int), ("steps", int), ("score", float), ("max_score", float), ("complete", bool)]
+EPISODE = np.dtype([*EPISODE, ("total_reward", float)])
 
 
 def require(condition: Any, message: str) -> None:

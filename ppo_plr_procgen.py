@@ -6,7 +6,6 @@
     python ppo_plr_procgen.py --resume runs/RUN                        # goes on where the run's last checkpoint is
     torchrun --nproc-per-node 8 ppo_plr_procgen.py --env-id bigfish    # several GPUs or machines, one curriculum
     python ppo_plr_procgen.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
-    python ppo_plr_procgen.py --help
 
 PLR: Jiang, Grefenstette, Rocktaeschel, "Prioritized Level Replay", 2021 (arXiv 2010.03934).
 PPO and the names in this file: CleanRL's ppo_procgen.py. Network: IMPALA (arXiv 1802.01561).
@@ -16,9 +15,7 @@ timeout is a terminal state here. README.md lists the logged keys and every devi
 """
 
 import contextlib
-import csv
 import ctypes
-import difflib
 import functools
 import importlib.util
 import io
@@ -53,12 +50,11 @@ GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot h
 GAMES = (GAMES + "plunder starpilot").split()
 GAMES_WITH_MODE = {"easy": GAMES, "hard": GAMES, "extreme": "chaser dodgeball leaper starpilot".split()}
 GAMES_WITH_MODE["memory"] = "caveflyer dodgeball heist jumper maze miner".split()
+SCORES = "value_l1 gae positive_value_loss one_step_td_error policy_entropy least_confidence min_margin max_mc".split()
 FORMAT = "ppo_plr_procgen 1"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-# flags that --resume takes anew: they do not change the run
 FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track env_threads resume evaluate".split()
-# Levels below are for training, those from here to 2**31 - 1 for testing: no run can train on a test level.
-FIRST_TEST_LEVEL = 2**30
+FIRST_TEST_LEVEL = 2**30  # levels below are for training, from here to 2**31 - 1 for testing: no run trains on those
 
 
 @dataclass
@@ -74,7 +70,7 @@ class Args:
     resume: str | None = None  # continue the run in this directory exactly, with its flags; --total-timesteps may grow
 
     # Environment
-    env_id: str = "starpilot"  # one of the 16 Procgen games
+    env_id: Literal[tuple(GAMES)] = "starpilot"  # one of the 16 Procgen games
     distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"  # Procgen's difficulty
     num_levels: int = 200  # size of the training set of levels (0: no bound, for --curriculum uniform or sequential)
     start_level: int = 0  # the first training level
@@ -99,11 +95,7 @@ class Args:
 
     # PLR
     curriculum: Literal["plr", "uniform", "sequential"] = "plr"  # PLR, levels at random, one after the other
-    score: Literal[
-        "value_l1", "gae", "positive_value_loss", "one_step_td_error", "policy_entropy", "least_confidence",
-        "min_margin", "max_mc",
-    ] = "value_l1"  # fmt: skip
-    """learning potential of a level, averaged over an episode's steps; the formulas are at "level scores" below"""
+    score: Literal[tuple(SCORES)] = "value_l1"  # what is left to learn on a level; formulas at "level scores" below
     score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # the paper's h
     temperature: float = 0.1  # of the transform (the paper's beta): lower is greedier
     staleness_coef: float = 0.1  # share of replay by staleness (the paper's rho)
@@ -134,17 +126,13 @@ class Args:
 
 
 def refuse(reason: str, status: int = 2) -> None:
-    if RANK == 0 or status == 1:
-        print(f"error: {reason}", file=sys.stderr)
+    time.sleep(30 * (RANK > 0 and status == 2))  # rank 0 says it, and torchrun ends the others
+    print(f"error: {reason}", file=sys.stderr)
     raise SystemExit(status)
 
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work, with one sentence and exit status 2."""
-    if args.env_id not in GAMES:
-        near = difflib.get_close_matches(args.env_id, GAMES, n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose from {', '.join(GAMES)}."
-        refuse(f"--env-id {args.env_id} is not a Procgen game: {hint}")
     if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
         modes = ", ".join(mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games)
         refuse(f"--distribution-mode {args.distribution_mode} does not exist for {args.env_id}: choose from {modes}.")
@@ -185,10 +173,9 @@ class ProcgenLevels(gym.vector.VectorEnv):
         obs, infos = envs.reset(seed=levels, options={"reset_mask": done})   # env i starts levels[i] where done[i]
         obs, rewards, terminations, truncations, infos = envs.step(actions)
 
-    Observations are (N, 64, 64, 3) uint8, rewards (N,) float32. What `step` shows of an environment that is done means
-    nothing until its reset. The stock wheel can do this: a level's start is the saved state of a fresh single-level
-    game, and `set_state` puts any environment there. (Procgen's own reset would not: in dodgeball, state of the last
-    episode leaks into the next.)
+    Observations are (N, 64, 64, 3) uint8, those of an environment that is done mean nothing until its reset; rewards
+    (N,) float32. A level's start is the saved state of a fresh single-level game, and the stock wheel's `set_state`
+    puts any environment there. (Procgen's own reset would not: in dodgeball, the last episode leaks into the next.)
     """
 
     def __init__(self, num_envs: int, env_id: str, mode: str, num_threads: int):
@@ -209,8 +196,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
         self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        if seed is None:
-            seed = self.np_random.integers(FIRST_TEST_LEVEL, size=self.num_envs)
+        seed = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
         levels = np.arange(seed, seed + self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed)
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         for i in np.flatnonzero(mask).tolist():
@@ -249,10 +235,9 @@ def evaluation_levels(args: Args) -> np.ndarray:
     """(2 * eval_episodes,) test levels, then training levels: decided by the seed, distinct if there are enough."""
     rng = np.random.default_rng([args.seed, 1])
     test_levels = FIRST_TEST_LEVEL + rng.choice(2**31 - 1 - FIRST_TEST_LEVEL, args.eval_episodes, replace=False)
-    train_levels = np.resize(args.start_level + rng.permutation(args.num_levels), args.eval_episodes)
     if args.num_levels == 0:
-        train_levels = rng.choice(FIRST_TEST_LEVEL, args.eval_episodes, replace=False)
-    return np.concatenate((test_levels, train_levels))
+        return np.append(test_levels, rng.choice(FIRST_TEST_LEVEL, args.eval_episodes, replace=False))
+    return np.append(test_levels, np.resize(args.start_level + rng.permutation(args.num_levels), args.eval_episodes))
 
 
 # ---- network --------------------------------------------------------------------------------------------------------
@@ -374,9 +359,8 @@ def cut_rows(path: Path, global_step: int) -> None:
 def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.run_dir or default)
-    for name, kind in (("result.json", "a finished"), ("progress.csv", "an unfinished")):
-        if RANK == 0 and not args.resume and (run_dir / name).exists():
-            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory, or --resume {run_dir}.")
+    if RANK == 0 and not args.resume and (run_dir / "progress.csv").exists():
+        refuse(f"--run-dir {run_dir} already holds a run: choose another directory, or --resume {run_dir}.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
@@ -420,9 +404,8 @@ def choose_device(args: Args) -> torch.device:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     with contextlib.suppress(AttributeError, OSError):
-        # glibc hands every large tensor back to the kernel and gets it again page by page: keeping the memory
-        # (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) makes the update up to twice as fast.
-        for option, value in ((-4, 0), (-1, -1)):
+        # glibc hands large tensors back to the kernel: keeping the memory makes the update up to twice as fast
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device("cpu")
 
@@ -440,7 +423,7 @@ def evaluate_run(args: Args, weights: dict[str, Tensor]) -> None:
     print(f"every episode: {run_dir / name}.json")
 
 
-# ---- several processes (torchrun) -----------------------------------------------------------------------------------
+# ---- torchrun -------------------------------------------------------------------------------------------------------
 # A rank plays its part of the environments. Rewards, ends of episodes and values are shared, and from there on every
 # rank does the same for all N environments: reward normalisation, GAE, curriculum. Gradients are added up.
 
@@ -467,9 +450,8 @@ def add_gradients(agent: nn.Module) -> None:
 
 def main() -> None:
     args, checkpoint = tyro.cli(Args), None
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
-    if restarted and Path(args.run_dir or "", "checkpoint.pt").exists():
-        args.resume = args.resume or args.run_dir
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and Path(args.run_dir or "", "checkpoint.pt").exists():
+        args.resume = args.resume or args.run_dir  # torchrun --max-restarts has started it again
     if args.evaluate or args.resume:
         args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
     check_args(args)
@@ -512,11 +494,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         agent.network.compile()
     optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
     names = "num_envs seed curriculum score_transform temperature staleness_coef replay_schedule rho nu alpha"
-    sampler = LevelSampler(
-        range(args.start_level, args.start_level + args.num_levels) if args.num_levels else None,
-        **{name: getattr(args, name) for name in [*names.split(), "stitch_episodes"]},
-        level_space=FIRST_TEST_LEVEL,
-    )
+    options = {name: getattr(args, name) for name in [*names.split(), "stitch_episodes"]}
+    training_levels = range(args.start_level, args.start_level + args.num_levels) if args.num_levels else None
+    sampler = LevelSampler(training_levels, **options, level_space=FIRST_TEST_LEVEL)
     return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted return, scales the rewards
 
     # ==== storage: T = num_steps, N = num_envs, n of them on this rank ====
@@ -545,13 +525,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         for key, value in row.items():
             if not math.isnan(value):
                 writer.add_scalar(key, value, global_step)
-        when = {"global_step": global_step, "wall_seconds": time.time() - start_time}
-        columns = when | {key.split("/")[1]: value for key, value in row.items()}
-        with open(path, "a", newline="") as file:
-            table = csv.DictWriter(file, list(columns))
-            if file.tell() == 0:
-                table.writeheader()
-            table.writerow({key: f"{x:.6g}" if isinstance(x, float) else x for key, x in columns.items()})
+        columns = {"global_step": global_step, "wall_seconds": time.time() - start_time}
+        columns |= {key.split("/")[1]: value for key, value in row.items()}
+        with open(path, "a") as file:
+            cells = (f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values())
+            file.writelines(",".join(x) + "\n" for x in ([columns, cells] if file.tell() == 0 else [cells]))
 
     def mean(x: Tensor) -> Tensor:
         """This rank's part of the mean over a minibatch of all ranks."""
@@ -612,8 +590,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         what = f"{args.env_id} ({args.distribution_mode}), {args.num_levels or 'unbounded'} levels, {args.curriculum}"
         why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
         print(f"{what}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True)
-    shown_at, recent = (global_step, train_seconds), []  # at the last printed line; returns since
-    evaluation, stopping = None, False
+    shown_at, evaluation, stopping = (global_step, train_seconds), None, False  # shown_at: at the last printed line
 
     while iteration < args.num_iterations and not stopping:
         iteration += 1
@@ -632,7 +609,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 noise = clocks.exponential_()[here]
                 action, logprobs[step], _, value, logits[step] = agent.get_action_and_value(next_obs, clocks=noise)
             actions[step], values[step, here] = action, value
-
             observation, reward, terminations, truncations, _ = envs.step(action.cpu().numpy())
             reward, done = share(torch.from_numpy(np.stack((reward, terminations | truncations)))).numpy()  # (N,)
             done = done > 0
@@ -644,7 +620,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             reward = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
             scaled_return += reward
             rewards[step] = torch.from_numpy(reward)
-
             if done.any():
                 finished += zip(episode_return[done].tolist(), episode_length[done].tolist())
                 sampler.record_returns(next_levels[done], scaled_return[done])
@@ -658,15 +633,14 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         # ==== advantages (GAE) ====
         with torch.no_grad():
             next_value = share(agent.get_value(next_obs))
-            values = share(values[:, here])
-            ends = torch.cat((dones[1:], next_done[None]))  # (T, N): step t ended its episode
-            next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
-            deltas = rewards + args.gamma * next_values - values
-            advantages = torch.zeros_like(rewards)
-            lastgaelam = torch.zeros_like(next_value)
-            for t in reversed(range(args.num_steps)):
-                advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
-            returns = advantages + values
+        values = share(values[:, here])
+        ends = torch.cat((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+        next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
+        deltas = rewards + args.gamma * next_values - values
+        advantages, lastgaelam = torch.zeros_like(rewards), 0.0
+        for t in reversed(range(args.num_steps)):
+            advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
+        returns = advantages + values
         require_finite(advantages, "an advantage")
 
         # ==== level scores (PLR, eq. 2): how much is there still to learn on each level? ====
@@ -713,7 +687,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 v_loss = 0.5 * mean(torch.max((newvalue - b_returns[mb_inds]) ** 2, v_loss_clipped))
                 entropy_loss = mean(entropy)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-
                 optimizer.zero_grad()
                 loss.backward()
                 add_gradients(agent)
@@ -759,16 +732,15 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
         if last or stopping or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
             save_checkpoint()
-        recent += [x for x, _ in finished]
         if RANK == 0 and (last or iteration == 1 or train_seconds - shown_at[1] > 10):
             left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
             pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
             line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
-            line += f" | {pace:,.0f} steps/s | train return {np.mean(recent or math.nan):.2f}"
+            line += f" | {pace:,.0f} steps/s | train return {mean_return:.2f}"
             if evaluation:
                 line += f" | evaluation: train {evaluation['train_return']:.2f}, test {evaluation['test_return']:.2f}"
             print(line, flush=True)
-            shown_at, recent = (global_step, train_seconds), []
+            shown_at = (global_step, train_seconds)
 
     envs.close()
     if WORLD > 1:

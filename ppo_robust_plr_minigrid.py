@@ -8,9 +8,8 @@
     torchrun --nproc-per-node 8 ppo_robust_plr_minigrid.py             # several GPUs or machines, one curriculum
     python ppo_robust_plr_minigrid.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
-Robust PLR: Jiang et al., "Replay-Guided Adversarial Environment Design", 2021 (arXiv 2110.02439), Algorithm 1.
-PLR: arXiv 2010.03934. PPO and the names in this file: CleanRL. Defaults: the released 25-block configuration. README.md
-lists the logged keys and every deviation from the released code.
+Robust PLR: "Replay-Guided Adversarial Environment Design" (Jiang et al. 2021, arXiv 2110.02439), Algorithm 1. PLR:
+arXiv 2010.03934. PPO: CleanRL. Defaults: the released 25-block configuration; README.md lists deviations, logged keys.
 
 Every rollout is either all replay or all new levels and starts fresh episodes. A time limit and the rollout's end both
 count 0 from there on, as in the reference, and an episode that the rollout cuts off is not scored. --bootstrap-timeouts
@@ -19,7 +18,6 @@ takes the critic's value at both, and scores the cut episode too (not by max_mc,
 
 import contextlib
 import ctypes
-import difflib
 import importlib.util
 import io
 import itertools
@@ -98,13 +96,11 @@ NAMED_MAZES = {  # name -> (height, width) characters
 }
 
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
+SCORES = "max_mc positive_value_loss value_l1 gae one_step_td_error policy_entropy least_confidence min_margin".split()
 FORMAT = "ppo_robust_plr_minigrid 1"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-# flags that --resume takes anew: they do not change the run
-FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track resume evaluate".split()
-# Levels (the seeds of resets) below are for training, those from here on for evaluation.
-FIRST_TEST_LEVEL = 2**30
-State = tuple[Tensor, Tensor]  # of the LSTM: h and c, (N, 256) float32
+FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track resume evaluate".split()  # not the run's
+FIRST_TEST_LEVEL = 2**30  # levels (reset seeds) below are for training, those from here on for evaluation
 Obs = dict[str, Tensor]  # "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
 
 
@@ -148,16 +144,11 @@ class Args:
     curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"  # learn on replayed levels, on all, on new ones only
     replay_prob: float = 0.5  # probability that a rollout replays levels from the buffer, once that is filled to --rho
     buffer_size: int = 4000  # levels kept for replay
-    score: Literal[
-        "max_mc", "positive_value_loss", "value_l1", "gae", "one_step_td_error", "policy_entropy", "least_confidence",
-        "min_margin",
-    ] = "max_mc"  # fmt: skip
-    """learning potential of a level, averaged over an episode's steps; the formulas are at "level scores" below"""
+    score: Literal[tuple(SCORES)] = "max_mc"  # what is left to learn on a level; formulas at "level scores" below
     score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # PLR's h
     temperature: float = 0.1  # of the transform (PLR's beta): lower is greedier
     staleness_coef: float = 0.3  # share of replay by staleness (PLR's rho)
-    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
-    """replay with the probability of the buffer's fill, at most --replay-prob, or with --replay-prob from --rho on"""
+    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"  # P(replay) = fill up to --replay-prob, or it
     rho: float = 0.5  # fill of the buffer before any level is replayed
     nu: float | None = None  # probability of a rollout on new levels, 1 - replay_prob, as the Procgen script names it
     alpha: float = 1.0  # weight of a level's new score in its running mean (1: the last score counts)
@@ -183,8 +174,8 @@ class Args:
 
 
 def refuse(reason: str, status: int = 2) -> None:
-    if RANK == 0 or status == 1:
-        print(f"error: {reason}", file=sys.stderr)
+    time.sleep(30 * (RANK > 0 and status == 2))  # rank 0 says it, and torchrun ends the others
+    print(f"error: {reason}", file=sys.stderr)
     raise SystemExit(status)
 
 
@@ -231,25 +222,20 @@ def check_args(args: Args) -> None:
 
 def check_environment(env_id: str) -> int:
     """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns its time limit."""
-    known = [name for name, spec in gym.registry.items() if "minigrid" in str(spec.entry_point)]
     try:
-        env = gym.make(env_id)
-    except gym.error.UnregisteredEnv:
-        near = difflib.get_close_matches(env_id, ["maze", *known], n=3, cutoff=0.5)
-        hint = f"did you mean {' or '.join(near)}?" if near else f"choose maze or one like {known[0]}."
-        refuse(f"--env-id {env_id} is unknown: {hint}")
-    except Exception as error:
-        refuse(f"--env-id {env_id} cannot be made: {(str(error) or repr(error)).splitlines()[0]}")
-    if not isinstance(env.unwrapped, MiniGridEnv):
-        refuse(f"--env-id {env_id} is not a MiniGrid environment: choose maze or one like {known[0]}.")
+        env = gym.make(env_id).unwrapped
+        if not isinstance(env, MiniGridEnv):
+            raise TypeError(f"it is a {type(env).__name__}")
+    except Exception as error:  # or not registered, for which Gymnasium knows what was perhaps meant, or its own
+        why = (str(error) or repr(error)).splitlines()[0]
+        refuse(f"--env-id {env_id} must be maze or a registered MiniGrid environment: {why}")
     starts, time_limit = {}, 0
     for level in (*range(10), *range(10)):
         direction = env.reset(seed=level)[0]["direction"]
-        start = (env.unwrapped.grid.encode().tobytes(), direction, tuple(env.unwrapped.agent_pos))
+        start = (env.grid.encode().tobytes(), direction, tuple(env.agent_pos))
         if starts.setdefault(level, start) != start:
             refuse(f"--env-id {env_id} starts differently after two resets with one seed: that must decide the level.")
-        time_limit = max(time_limit, env.unwrapped.max_steps)  # some depend on the level
-    env.close()
+        time_limit = max(time_limit, env.max_steps)  # some depend on the level
     return time_limit
 
 
@@ -273,21 +259,18 @@ class Mazes(NamedTuple):
 
 def random_integers(levels: np.ndarray, count: int) -> np.ndarray:
     """(n,) int64 -> (n, count) uint64 below 2**32, decided by each level alone: SplitMix64 (Steele et al. 2014)."""
-
-    def mix(z: np.ndarray) -> np.ndarray:
+    z = np.zeros((len(levels), count), np.uint64)
+    for index in (levels[:, None], np.arange(count)):  # of the level; of the draw
+        z += (index + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
         z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
         z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return z ^ (z >> np.uint64(31))
-
-    golden = np.uint64(0x9E3779B97F4A7C15)
-    start = mix((levels.astype(np.uint64) + np.uint64(1)) * golden)
-    return mix(start[:, None] + np.arange(1, count + 1, dtype=np.uint64) * golden) >> np.uint64(32)
+        z ^= z >> np.uint64(31)
+    return z >> np.uint64(32)
 
 
 def random_mazes(levels: np.ndarray, size: int, num_walls: int, vary: bool = False) -> Mazes:
     """The maze of each level: blocks anywhere, the goal anywhere, the agent anywhere else, no block under those two."""
-    n, side = len(levels), size - 2
-    cells = side * side
+    n, side, cells = len(levels), size - 2, (size - 2) ** 2
     draws = random_integers(levels, num_walls + 4)
 
     def below(column: Any, bound: int) -> np.ndarray:
@@ -317,8 +300,7 @@ def named_maze(name: str, episode: int) -> Mazes:
 def perfect_maze(size: int, seed: int) -> Mazes:
     """A maze with one path between any two cells (depth-first search); agent and goal in random different cells."""
     rng = np.random.default_rng([size, seed])
-    walls = np.ones((size - 2, size - 2), bool)
-    path = [(0, 0)]
+    walls, path = np.ones((size - 2, size - 2), bool), [(0, 0)]
     while path:
         r, c = path[-1]
         walls[r, c] = False
@@ -374,13 +356,12 @@ def maze_step(
 
 
 class MazeEnvs(gym.vector.VectorEnv):
-    """N mazes stepped at once on any device: a Gymnasium VectorEnv without autoreset that takes and gives tensors.
+    """N mazes stepped at once on any device: a Gymnasium VectorEnv of tensors, without autoreset. Equal to MiniGridEnvs
+    with agent_view_size=5 and see_through_walls=True. actions (N,) int64, rewards (N,) float32.
 
         obs, infos = envs.reset(seed=levels, options={"reset_mask": done})   # env i starts levels[i] where done[i]
         obs, infos = envs.reset(options={"mazes": mazes})                    # or these mazes
         obs, rewards, terminations, truncations, infos = envs.step(actions)
-
-    Equal to MiniGridEnvs with agent_view_size=5 and see_through_walls=True. actions (N,) int64, rewards (N,) float32.
     """
 
     def __init__(
@@ -397,11 +378,9 @@ class MazeEnvs(gym.vector.VectorEnv):
         # all maps one after another, each with VIEW - 1 cells of wall around it so that no view leaves it
         self.width = width = size - 2 + 2 * (VIEW - 1)
         self.cells = torch.full((num_envs, width * width), WALL, dtype=torch.int32, device=device)
-        # position: an index into all cells
-        self.position, self.direction = torch.zeros((2, num_envs), dtype=torch.int64, device=device)
+        self.position, self.direction = torch.zeros((2, num_envs), dtype=torch.int64, device=device)  # in all cells
         self.steps = torch.zeros(num_envs, dtype=torch.float64, device=device)
-        # by direction and action (left, right, forward, pick up, drop, toggle, done): new direction (28,), move (28,);
-        # by direction: view (4, 25)
+        # by direction and action (left, right, forward, four that do nothing): turned, moved (28,); view (4, 25)
         ahead = [row * width + column for row, column in AHEAD]
         turned = [(d + turn) % 4 for d in range(4) for turn in (-1, 1, 0, 0, 0, 0, 0)]
         moved = [ahead[d] * (action == 2) for d in range(4) for action in range(7)]
@@ -414,13 +393,12 @@ class MazeEnvs(gym.vector.VectorEnv):
 
     def encode(self, mazes: Mazes) -> list[Tensor]:
         """Cells (n, width * width) int32, position in the map (n,) and direction (n,) int64 of n level starts."""
-        n, height, width = mazes.walls.shape
-        border, rows = VIEW - 1, np.arange(n)
-        cells = np.full((n, self.width, self.width), WALL, np.int32)
-        cells[:, border : border + height, border : border + width][~mazes.walls] = EMPTY
+        border, rows = VIEW - 1, np.arange(len(mazes.walls))
+        cells = np.full((len(rows), self.width, self.width), WALL, np.int32)
+        cells[:, border:-border, border:-border][~mazes.walls] = EMPTY
         cells[rows, border + mazes.goal[:, 0], border + mazes.goal[:, 1]] = GOAL
-        position = (border + mazes.agent[:, 0]) * self.width + border + mazes.agent[:, 1]
-        return [torch.from_numpy(x).to(self.device) for x in (cells.reshape(n, -1), position, mazes.direction)]
+        agent = (border + mazes.agent[:, 0]) * self.width + border + mazes.agent[:, 1]
+        return [torch.from_numpy(x).to(self.device) for x in (cells.reshape(-1, self.width**2), agent, mazes.direction)]
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         options = options or {}
@@ -428,17 +406,15 @@ class MazeEnvs(gym.vector.VectorEnv):
         if "mazes" in options:
             start = self.encode(Mazes(*(part[rows] for part in options["mazes"])))
         else:
-            if np.ndim(seed) == 0:
-                super().reset(seed=seed)
-                first = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
-                seed = np.arange(first, first + self.num_envs)
-            levels = np.asarray(seed)[rows].tolist()
+            seed = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
+            levels = (np.arange(seed, seed + self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed))[rows].tolist()
             new = [level for level in dict.fromkeys(levels) if level not in self.known]
             if len(self.known) + len(new) > 8192:
                 self.known, new = {}, list(dict.fromkeys(levels))
             if new:
                 self.known |= zip(new, zip(*self.encode(self.generate(np.array(new)))))
-            start = [torch.stack(part) for part in zip(*(self.known[level] for level in levels))]
+            start = [torch.stack(x) for x in zip(*map(self.known.get, levels))]
+            start = start or self.encode(self.generate(rows))  # of no environment at all
         rows = torch.from_numpy(rows).to(self.device)
         self.cells[rows], self.position[rows], self.steps[rows] = start[0], start[1] + rows * self.width**2, 0
         self.direction = self.direction.index_copy(0, rows, start[2])  # not in place: `step` has given it away
@@ -456,54 +432,48 @@ class MazeEnvs(gym.vector.VectorEnv):
         edge, (row, column) = VIEW - 2, divmod(int(self.position[0]), self.width)  # walls beyond the border
         cells = self.cells[0].view(self.width, -1)[edge:-edge, edge:-edge].cpu().numpy()
         grid = Grid(*cells.shape)
-        for kind, thing in ((WALL, Wall()), (GOAL, Goal())):
-            for at in np.argwhere(cells.T == kind).tolist():
-                grid.set(*at, thing)
+        for r, c in np.argwhere(cells != EMPTY).tolist():
+            grid.set(c, r, Goal() if cells[r, c] == GOAL else Wall())
         return grid.render(8, (column - edge, row - edge), int(self.direction[0]))
 
 
 class TensorEnvs(gym.vector.VectorWrapper):
-    """A package's environments as the training loop sees them: tensors in, tensors out."""
+    """A package's environments as the training loop sees them: tensors, and no mission, as the agent does not read."""
 
     def __init__(self, envs: gym.vector.VectorEnv, device: torch.device):
         super().__init__(envs)
         self.device = device
 
-    def tensors(self, obs: dict[str, np.ndarray]) -> Obs:
-        return {key: torch.from_numpy(value).to(self.device) for key, value in obs.items()}
+    def observe(self, obs: dict[str, Any]) -> Obs:
+        return {key: torch.from_numpy(obs[key]).to(self.device) for key in ("image", "direction")}
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         obs, infos = self.env.reset(seed=seed, options=options)
-        return self.tensors(obs), infos
+        return self.observe(obs), infos
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
-        obs, *rest, infos = self.env.step(actions.cpu().numpy())
-        reward, terminated, truncated = (torch.from_numpy(x).to(self.device) for x in rest)
-        return self.tensors(obs), reward.float(), terminated, truncated, infos
+        obs, *results, infos = self.env.step(actions.cpu().numpy())
+        reward, terminated, truncated = (torch.from_numpy(x).to(self.device) for x in results)
+        return self.observe(obs), reward.float(), terminated, truncated, infos
 
     def frame(self) -> np.ndarray:
         return self.env.envs[0].unwrapped.get_frame(highlight=False, tile_size=8)
 
 
 def make_minigrid(env_id: str, num_envs: int, device: torch.device, see_like_mazes: bool = False) -> TensorEnvs:
-    """A registered MiniGrid environment. Its mission, a text, is left out: the agent does not read."""
-
-    def wrap(env: gym.Env) -> gym.Env:
-        if see_like_mazes:
-            env.unwrapped.see_through_walls = True
-        return gym.wrappers.FilterObservation(env, ["image", "direction"])
-
     off = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    view = {"agent_view_size": VIEW} if see_like_mazes else {}
-    envs = gym.make_vec(env_id, num_envs, "sync", wrappers=[wrap], vector_kwargs=off, **view)
+    if not see_like_mazes:
+        return TensorEnvs(gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off), device)
+    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, agent_view_size=VIEW)
+    envs.set_attr("see_through_walls", True)
     return TensorEnvs(envs, device)
 
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
     """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
     if args.env_id == "maze":
-        size, limit, walls, vary = args.maze_size, args.max_steps, args.num_walls, args.vary_num_walls
-        return MazeEnvs(num_envs, device, size, limit, walls, vary, args.compile)
+        walls = (args.num_walls, args.vary_num_walls)
+        return MazeEnvs(num_envs, device, args.maze_size, args.max_steps, *walls, args.compile)
     return make_minigrid(args.env_id, num_envs, device)
 
 
@@ -520,10 +490,8 @@ def head(size: int, std: float) -> nn.Sequential:
 
 def episode_segments(starts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
     """Cuts a rollout where episodes begin, so that the LSTM can run over whole episodes instead of step by step.
-
-    starts: (T, N) bool, obs[t] begins an episode. Returns batches of segments of similar length, (length, segments)
-    int64 numbers t * N + n of steps, the last one repeated as padding; and where each step is in them, (T * N,) int64.
-    """
+    starts: (T, N) bool, obs[t] begins an episode. Returns batches of segments of similar length: (length, segments)
+    int64 step numbers t * N + n, the last one repeated as padding; and where each step is in them, (T * N,) int64."""
     T, N = starts.shape
     begins = starts.T.copy()  # (N, T): one environment after another
     begins[:, 0] = True
@@ -554,11 +522,6 @@ class Agent(nn.Module):
         self.actor = head(int(envs.single_action_space.n), std=0.01)
         self.critic = head(1, std=1.0)
 
-    def features(self, image: Tensor, direction: Tensor) -> Tensor:
-        """image (B, 5, 5, 3) uint8, direction (B,) int64 -> (B, 149)."""
-        x = self.conv(image.permute(0, 3, 1, 2) / 10.0)  # "bwhc" -> "bcwh"
-        return torch.cat((torch.relu(x).flatten(1), self.direction(direction)), dim=1)
-
     def step_weights(self) -> list[Tensor]:
         """For `act`, once per rollout, weight and bias: the convolution as a (75, 144) matrix; the LSTM, its gates as
         i, f, o, g; the first layers of both heads in one, then the second ones."""
@@ -576,8 +539,9 @@ class Agent(nn.Module):
                 weights += [join([x.weight for x in layers]).t().contiguous(), torch.cat([x.bias for x in layers])]
             return weights
 
-    def act(self, obs: Obs, state: State, weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
-        """One step of N environments: action and value (N,), logits (N, actions) not normalised, the LSTM's state."""
+    @torch.no_grad()
+    def act(self, obs: Obs, state: tuple[Tensor, ...], weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
+        """A step of N environments: action, value (N,), logits (N, actions) not normalised, state h and c (N, 256)."""
         conv, conv_bias, lstm, lstm_bias, first, first_bias, second, second_bias = weights
         with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
             x = torch.relu(torch.addmm(conv_bias, obs["image"].flatten(1).float(), conv))
@@ -596,9 +560,10 @@ class Agent(nn.Module):
         where in them each step is (T * N,). The padding goes last, after the heads: it is cheapest there."""
         batches, where = episode_segments(starts)
         order = torch.from_numpy(np.concatenate([batch.ravel() for batch in batches])).to(image.device)
+        image, direction = image.flatten(0, 1).index_select(0, order), direction.flatten().index_select(0, order)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
-            x = self.features(image.flatten(0, 1).index_select(0, order), direction.flatten().index_select(0, order))
-            parts = x.split([batch.size for batch in batches])
+            x = torch.relu(self.conv(image.permute(0, 3, 1, 2) / 10.0)).flatten(1)  # "bwhc" -> "bcwh"
+            parts = torch.cat((x, self.direction(direction)), dim=1).split([batch.size for batch in batches])
             outputs = [self.lstm(x.view(*b.shape, -1))[0].flatten(0, 1) for x, b in zip(parts, batches)]
             return torch.cat(outputs).float(), torch.from_numpy(where).to(x.device)
 
@@ -627,10 +592,8 @@ def level_metrics(args: Args, sampler: LevelSampler, levels: np.ndarray, replay:
 
 
 def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], film: list | None = None) -> np.ndarray:
-    """Plays one episode in each environment to its end with the stochastic policy: returns (N,) float64.
-
-    reset: arguments that start the episodes (again, uncounted, where done). film: a list for the first one's frames.
-    """
+    """Plays one episode in each environment to its end with the stochastic policy: returns (N,) float64. reset: what
+    starts the episodes (again, uncounted, where done). film: a list for the first one's frames."""
     obs, _ = envs.reset(**reset)
     state = tuple(torch.zeros((envs.num_envs, 256), device=obs["direction"].device) for _ in range(2))
     clocks = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=obs["direction"].device)
@@ -648,10 +611,8 @@ def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], film: 
 
 
 def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[str, gym.vector.VectorEnv, dict]]:
-    """Name, eval_episodes environments, and their reset to levels that are the same for every run.
-
-    Mazes: named and perfect ones, time limit 2 * size ** 2, two of the package's. Others: own levels never trained on.
-    """
+    """Name, eval_episodes environments, and their reset to levels that are the same for every run: named and perfect
+    mazes, time limit 2 * size ** 2, and two of the package's; for another --env-id its levels never trained on."""
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
@@ -667,10 +628,8 @@ def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
-    """Plays exactly eval_episodes episodes in each evaluation environment, with a random stream of its own.
-
-    video: folder for GIFs of first episodes. Solved: a return above 0. IQM: the mean of the environments' middle half.
-    """
+    """Plays eval_episodes episodes in each evaluation environment, with a random stream of its own. Solved: a return
+    above 0. IQM: the mean of the environments' middle half. video: folder for GIFs of first episodes."""
     returns: dict[str, np.ndarray] = {}
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
@@ -696,11 +655,9 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
     if best := min(4, sampler.num_seen):
         levels["highest_score"] = sampler.levels[np.argsort(np.where(sampler.seen, -sampler.scores, np.inf))[:best]]
         levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
-    envs, pictures = make_envs(args, 1, torch.device("cpu")), {}
-    for name, ids in levels.items():
-        frames = [envs.frame() for level in ids.tolist() if envs.reset(seed=[level])]
-        pictures[name] = np.concatenate(frames, axis=1)
-    return pictures
+    envs = make_envs(args, 1, torch.device("cpu"))
+    frames = {name: [envs.frame() for level in x.tolist() if envs.reset(seed=[level])] for name, x in levels.items()}
+    return {name: np.concatenate(pictures, axis=1) for name, pictures in frames.items()}
 
 
 # ---- run directory --------------------------------------------------------------------------------------------------
@@ -735,9 +692,8 @@ def cut_rows(path: Path, global_step: int) -> None:
 def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
     run_dir = Path(args.resume or args.run_dir or default)
-    for name, kind in (("result.json", "a finished"), ("progress.csv", "an unfinished")):
-        if RANK == 0 and not args.resume and (run_dir / name).exists():
-            refuse(f"--run-dir {run_dir} already holds {kind} run: choose another directory, or --resume {run_dir}.")
+    if RANK == 0 and not args.resume and (run_dir / "progress.csv").exists():
+        refuse(f"--run-dir {run_dir} already holds a run: choose another directory, or --resume {run_dir}.")
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
@@ -770,8 +726,7 @@ def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    if args.torch_deterministic:  # for cuDNN's LSTM, before CUDA starts
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")  # without, cuDNN's LSTM does not repeat bit for bit
     # cuDNN would use TF32 by default: fp32 means fp32 here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     cuda = args.cuda and torch.cuda.is_available()
@@ -783,9 +738,8 @@ def choose_device(args: Args) -> torch.device:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     with contextlib.suppress(AttributeError, OSError):
-        # glibc hands every large tensor back to the kernel and gets it again page by page: keeping the memory
-        # (M_MMAP_MAX = -4, M_TRIM_THRESHOLD = -1) makes the update up to twice as fast.
-        for option, value in ((-4, 0), (-1, -1)):
+        # glibc hands large tensors back to the kernel: keeping the memory makes the update up to twice as fast
+        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
             ctypes.CDLL(None).mallopt(option, value)
     return torch.device("cpu")
 
@@ -802,7 +756,7 @@ def evaluate_run(args: Args, weights: dict[str, Tensor]) -> None:
     print(f"{args.eval_episodes} episodes in each environment, every one in {run_dir / name}.json")
 
 
-# ---- several processes (torchrun) -----------------------------------------------------------------------------------
+# ---- torchrun -------------------------------------------------------------------------------------------------------
 # A rank plays its part of the environments. Rewards, ends of episodes and values are shared, and from there on every
 # rank does the same for all N environments: GAE, scores, curriculum. Gradients are added up.
 
@@ -829,9 +783,8 @@ def add_gradients(agent: nn.Module) -> None:
 
 def main() -> None:
     args, checkpoint = tyro.cli(Args), None
-    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by torchrun --max-restarts
-    if restarted and Path(args.run_dir or "", "checkpoint.pt").exists():
-        args.resume = args.resume or args.run_dir
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and Path(args.run_dir or "", "checkpoint.pt").exists():
+        args.resume = args.resume or args.run_dir  # torchrun --max-restarts has started it again
     if args.evaluate or args.resume:
         args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
     check_args(args)
@@ -949,11 +902,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         save_checkpoint()
     if RANK == 0:
         why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
-        print(
-            f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True
-        )
-    shown_at, recent = (global_step, train_seconds), []  # at the last printed line; returns since
-    evaluation, stopping = None, False
+        what = f"{args.env_id}, {args.curriculum}, seed {args.seed}"
+        print(f"{what}: {run_dir}\n{why}training on {device_name}", flush=True)
+    shown_at, evaluation, stopping = (global_step, train_seconds), None, False  # shown_at: at the last printed line
 
     while iteration < args.num_iterations and not stopping:
         iteration += 1
@@ -978,9 +929,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             images[step], directions[step] = next_obs["image"], next_obs["direction"]
             dones[step] = next_done
             levels[step] = next_levels
-            with torch.no_grad():
-                noise = clocks.exponential_()[here]
-                action, values[step, here], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
+            noise = clocks.exponential_()[here]
+            action, values[step, here], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
             actions[step] = action
             next_obs, reward, terminations, truncations, _ = envs.step(action)
             rewards[step, here] = reward
@@ -990,8 +940,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             episode_length += 1
             if next_done.any():
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
-                    with torch.no_grad():
-                        final_value = act(next_obs, lstm_state, step_weights, noise)[1]
+                    final_value = act(next_obs, lstm_state, step_weights, noise)[1]
                     rewards[step, here] += args.gamma * final_value * timeouts
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
@@ -1004,28 +953,25 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 lstm_state = tuple(x * keep for x in lstm_state)
 
         # ==== advantages (GAE) ====
-        with torch.no_grad():
-            logits = logits.log_softmax(-1)  # of the whole rollout at once
-            logprobs = logits.gather(-1, actions[..., None]).squeeze(-1)
-            ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
-            ends = torch.from_numpy(ended).to(device, torch.float32)
-            rewards, values, next_value = share(rewards[:, here]), share(values[:, here]), torch.zeros(N, device=device)
-            if args.bootstrap_timeouts:
-                next_value = share(act(next_obs, lstm_state, step_weights, noise)[1])
-            next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
-            deltas = rewards + args.gamma * next_values - values
-            advantages, lastgaelam = torch.zeros_like(rewards), 0.0
-            for t in reversed(range(args.num_steps)):
-                advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
-            returns = advantages + values
+        logits = logits.log_softmax(-1)  # of the whole rollout at once
+        logprobs = logits.gather(-1, actions[..., None]).squeeze(-1)
+        ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+        ends = torch.from_numpy(ended).to(device, torch.float32)
+        rewards, values, next_value = share(rewards[:, here]), share(values[:, here]), torch.zeros(N, device=device)
+        if args.bootstrap_timeouts:
+            next_value = share(act(next_obs, lstm_state, step_weights, noise)[1])
+        next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
+        deltas = rewards + args.gamma * next_values - values
+        advantages, lastgaelam = torch.zeros_like(rewards), 0.0
+        for t in reversed(range(args.num_steps)):
+            advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
+        returns = advantages + values
         require_finite(advantages, "an advantage")
 
         # ==== level scores (Algorithm 1: the score S and the buffer's update, neither of which needs the policy's) ====
         # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
         if args.score == "max_mc":  # regret, estimated with the best return so far on the level
-            played, inverse = np.unique(levels, return_inverse=True)
-            best = sampler.best_returns(played)[inverse].reshape(levels.shape)
-            step_scores = torch.from_numpy(best).to(values) - values
+            step_scores = torch.from_numpy(sampler.best_returns(levels)).to(values) - values
         elif args.score == "positive_value_loss":
             step_scores = advantages.clamp(min=0)
         elif args.score == "value_l1":
@@ -1050,13 +996,12 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         for _epoch in range(args.update_epochs if learn else 0):
             # of every M environments in a row, each minibatch gets one: equally many of each rank
             for mb_envs in (torch.rand(N // M, M).argsort(dim=1) + torch.arange(0, N, M)[:, None]).T:
-                b_advantages = advantages[:, mb_envs.to(device)]
+                b_advantages = advantages[:, mb_envs]
                 b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
-                own = mb_envs // n == RANK
-                mb_inds, mb_envs = mb_envs[own].to(device), mb_envs[own]  # this rank's part of the minibatch
-                b_advantages = b_advantages[:, own.to(device)].reshape(-1)
-                b_returns, b_values = returns[:, mb_inds].reshape(-1), values[:, mb_inds].reshape(-1)
-                mb_inds = mb_inds - RANK * n
+                own = mb_envs // n == RANK  # this rank's part of the minibatch
+                mb_envs, b_advantages = mb_envs[own], b_advantages[:, own].reshape(-1)
+                b_returns, b_values = returns[:, mb_envs].reshape(-1), values[:, mb_envs].reshape(-1)
+                mb_inds = mb_envs - RANK * n  # among this rank's environments
                 b_actions, b_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
                 unrolled = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
                 newlogprob, entropy, newvalue = agent.evaluate_actions(*unrolled, b_actions)
@@ -1125,15 +1070,13 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
         if last or stopping or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
             save_checkpoint()
-        recent += [x for x, _ in finished]
         if RANK == 0 and (last or iteration == 1 or train_seconds - shown_at[1] > 10):
             left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
             pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
             line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
-            line += f" | {pace:,.0f} steps/s | {totals['gradient_updates']:,} updates"
-            line += f" | train return {np.mean(recent or math.nan):.2f}"
+            line += f" | {pace:,.0f} steps/s | {totals['gradient_updates']:,} updates | train return {mean_return:.2f}"
             print(line + (f" | evaluation: solved {evaluation['solved_mean']:.2f}" if evaluation else ""), flush=True)
-            shown_at, recent = (global_step, train_seconds), []
+            shown_at = (global_step, train_seconds)
 
     envs.close()
     if WORLD > 1:

@@ -9,7 +9,6 @@ take turns (A B A B ...), so that what else the machine does meets all of them. 
 """
 
 import contextlib
-import csv
 import io
 import itertools
 import json
@@ -118,28 +117,27 @@ def our_phases(argv: list[str]) -> None:
     clock(script.ProcgenLevels, "reset", "environment")
     clock(script.Agent, "get_action_and_value", "acting", when=lambda: not torch.is_grad_enabled())
     clock(script.Agent, "get_value", "bootstrap")
+    clock(script.SummaryWriter, "add_scalar", "logging")
     for method in ("next_levels", "record_returns", "best_returns", "update", "metrics"):
         clock(script.LevelSampler, method, "sampler")
-    writerow = script.csv.DictWriter.writerow
+    metrics = script.LevelSampler.metrics
 
-    def end_of_iteration(table: csv.DictWriter, row: dict) -> None:
-        writerow(table, row)
-        if row.get("SPS") in (None, "SPS"):  # an evaluation, or the header
-            return
-        previous, reached["row"] = reached.get("row"), now()
+    def end_of_iteration(sampler: script.LevelSampler) -> dict[str, float]:
+        result = metrics(sampler)
+        previous, reached["iteration"] = reached.get("iteration"), now()
         if previous:
             rollout = reached["get_value", "start"] - previous
-            before = spent["environment"] + spent["acting"] + spent["sampler"]
+            before = sum(spent[name] for name in ("environment", "acting", "sampler", "logging"))
             before -= sum(reached[name, "end"] - reached[name, "start"] for name in ("update", "metrics"))
-            phases = {name: spent[name] for name in ("environment", "acting", "sampler")}
+            phases = {name: spent[name] for name in ("environment", "acting", "sampler", "logging")}
             phases["rest of rollout"] = rollout - before
             phases["advantages and scores"] = reached["update", "start"] - reached["get_value", "start"]
             phases["update"] = reached["metrics", "start"] - reached["update", "end"]
-            phases["logging"] = reached["row"] - reached["metrics", "end"]
             print("PHASES " + json.dumps(phases), flush=True)
         spent.clear()
+        return result
 
-    script.csv.DictWriter.writerow = end_of_iteration
+    script.LevelSampler.metrics = end_of_iteration
     sys.argv = ["ppo_plr_procgen.py", *argv]
     script.main()
 

@@ -209,6 +209,8 @@ def test_the_gymnasium_interface_of_mazes():
     assert all(torch.equal(before[key], kept[key]) for key in before)  # what step gave is not changed afterwards
     assert torch.equal(again["image"][::2], before["image"][::2])
     assert envs.steps.tolist() == [1, 0, 1]
+    nobody = envs.reset(seed=[5, 6, 7], options={"reset_mask": np.zeros(3, bool)})[0]
+    assert all(torch.equal(nobody[key], again[key]) for key in again) and envs.steps.tolist() == [1, 0, 1]
 
 
 def test_level_starts_are_kept_and_forgotten_without_anyone_noticing():
@@ -364,6 +366,7 @@ class Table(nn.Module):
         logits, values = (torch.tensor(x).float()[code // 16, code % 16] + self.weight for x in (LOGITS, VALUES))
         return logits.log_softmax(-1), values
 
+    @torch.no_grad()
     def act(self, obs, state, weights, clocks):
         logits, value = self.look_up(obs["image"][:, 0, 0, 0].long())
         return (logits.exp() / clocks).argmax(-1), value, logits, state
@@ -660,7 +663,8 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
             for t in range(120):
                 if t:
                     state = tuple(x * torch.tensor(~dones[t - 1][index])[:, None] for x in state)
-                x = agent.features(images[t, index], directions[t, index])
+                x = torch.relu(agent.conv(images[t, index].permute(0, 3, 1, 2) / 10)).flatten(1)
+                x = torch.cat((x, agent.direction(directions[t, index])), dim=1)
                 w = [parameters[f"lstm.{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
                 state = torch.lstm_cell(x, state, *w)
                 hidden.append(state[0])

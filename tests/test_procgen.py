@@ -457,9 +457,9 @@ def test_evaluate_repeats_the_final_evaluation_and_takes_other_flags(finished):
 
 
 def test_bad_input_shows_no_traceback():
-    done = run("--env-id bigfsh")
-    assert done.returncode == 2 and "Traceback" not in done.stderr and done.stdout == ""
-    assert done.stderr == "error: --env-id bigfsh is not a Procgen game: did you mean bigfish or bossfight?\n"
+    done = run("--env-id bigfish --distribution-mode memory")
+    assert done.returncode == 2 and done.stdout == ""
+    assert done.stderr == "error: --distribution-mode memory does not exist for bigfish: choose from easy, hard.\n"
 
 
 def test_missing_system_libraries_are_named(monkeypatch, tmp_path, capsys):
