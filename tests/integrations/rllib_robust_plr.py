@@ -14,10 +14,12 @@ level, and the settings at the end of the file. Robust PLR: Jiang et al. 2021 (a
   it: it only switches layers such as dropout, and the learner switches back. (An env-to-module connector with a state
   of its own, such as MeanStdFilter, is updated while acting: it sees new levels too.)
 - An episode may span any number of rollout fragments of its iteration. It is scored once, whole, when it has ended,
-  by the value function that acted. What the iteration's end cuts off is dropped, never scored.
+  by the value function of the network that acted. What the iteration's end cuts off is dropped, never scored.
+- `Played` has each episode's mean and max advantage, result["curriculum"] their means and the sampler's totals.
 - An env runner that dies loses its episodes in progress and those on their way to the learner: they count as dropped
-  and no score changes. RLlib restarts it for the next iteration.
-- The sampler is part of the algorithm's checkpoint.
+  and no score changes. RLlib restarts it, and the run goes on with the others meanwhile. If nobody delivers anything
+  for more iterations in a row than `num_consecutive_env_runner_failures_tolerance` allows, the run ends with an error.
+- The sampler is part of the algorithm's checkpoint. Evaluation env runners do not ask it: they play random levels.
 
 Not repeatable to the bit: which environment asks first depends on the machine's timing.
 """
@@ -161,7 +163,9 @@ class AssignLevels(RLlibCallback):
 def make_env(config: dict) -> gym.Env:
     """Yours may be any Gymnasium environment whose `reset(seed=level)` decides the level."""
     env = gym.wrappers.FlattenObservation(ImgObsWrapper(gym.make(**config)))
-    return AssignedLevel(gym.wrappers.DtypeObservation(env, np.float32))
+    env = gym.wrappers.TransformObservation(env, lambda obs: obs.astype(np.float32) / 10, gym.spaces.Box(0, 26, (147,)))
+    env = gym.wrappers.TransformAction(env, int, gym.spaces.Discrete(3))  # left, right, forward are all it takes here
+    return AssignedLevel(env)
 
 
 register_env("assigned-levels", make_env)
@@ -252,9 +256,7 @@ class RobustPLR(PPO):
         # the score S and the buffer's update, neither of which needs the policy's
         played = self.played(fragments)
         if played:
-            ray.get(
-                self.sampler.score.remote(*([getattr(p, key) for p in played] for key in ("env", "level", "score")))
-            )
+            ray.get(self.sampler.score.remote(*map(list, zip(*((p.env, p.level, p.score) for p in played)))))
         ray.get(self.sampler.drop.remote(lost))
         # d = 1: update the policy
         if replay and fragments:
@@ -317,7 +319,7 @@ class RobustPLR(PPO):
         infos = [episode[0].get_infos(0) for episode in whole]
         if not all("level" in info for info in infos):
             raise ValueError(
-                "an episode has no assigned level: wrap the environment in AssignedLevel, keep AssignLevels"
+                "an episode has no assigned level: wrap the environment in AssignedLevel, use AssignLevels"
             )
         levels, returns = [int(info["level"]) for info in infos], [float(r.sum()) for r in rewards]
         best_returns = ray.get(self.sampler.best_returns.remote(levels, returns))
@@ -372,22 +374,22 @@ def config(**env_config: Any) -> RobustPLRConfig:
         RobustPLRConfig()
         .environment("assigned-levels", env_config=env_config)
         .env_runners(num_env_runners=2, num_envs_per_env_runner=8, rollout_fragment_length=64)
-        .fault_tolerance(restart_failed_env_runners=True, num_consecutive_env_runner_failures_tolerance=20)
+        .fault_tolerance(restart_failed_env_runners=True)
         .training(
             train_batch_size_per_learner=2048,
             minibatch_size=256,
-            num_epochs=4,
+            num_epochs=10,
             lr=1e-3,
             gamma=0.99,
-            lambda_=0.95,
+            lambda_=0.9,
             entropy_coeff=0.01,
             clip_param=0.2,
             vf_clip_param=1.0,
             use_kl_loss=False,
             grad_clip=0.5,
         )
-        .rl_module(model_config={"fcnet_hiddens": [64, 64], "fcnet_activation": "tanh"})
-        .curriculum(buffer_size=128, rho=0.5, nu=0.5, replay_schedule="fixed", staleness_coef=0.3, temperature=0.3)
+        .rl_module(model_config={"fcnet_hiddens": [128, 64], "fcnet_activation": "relu"})
+        .curriculum(buffer_size=128, rho=0.5, nu=0.5, replay_schedule="fixed", staleness_coef=0.3, temperature=1.0)
         .debugging(seed=1, log_level="ERROR")
     )
 
@@ -395,7 +397,7 @@ def config(**env_config: Any) -> RobustPLRConfig:
 if __name__ == "__main__":
     ray.init(include_dashboard=False, object_store_memory=200 * 2**20)
     algorithm = config(id="MiniGrid-Empty-Random-6x6-v0", max_steps=40).build_algo()
-    for iteration in range(60):
+    for iteration in range(30):
         c = algorithm.train()["curriculum"]
         shown = "replay return_replayed return_new advantage_mean advantage_max started completed in_progress dropped"
         print(iteration, *(f"{name}={c[name]:.3g}" for name in shown.split() if name in c), flush=True)
