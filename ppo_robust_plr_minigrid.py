@@ -387,7 +387,7 @@ class MazeEnvs(gym.vector.VectorEnv):
         view = [[ahead[d] * (VIEW - 1 - row) + ahead[(d + 1) % 4] * (column - VIEW // 2)
                  for column in range(VIEW) for row in range(VIEW)] for d in range(4)]  # fmt: skip
         self.tables = [torch.tensor(x, device=device) for x in (turned, moved, view)]
-        self.maze_step = torch.compile(maze_step) if compile else maze_step
+        self.maze_step = torch.compile(maze_step, options={"size_asserts": False}) if compile else maze_step
         self.generate = lambda levels: random_mazes(levels, size, num_walls, vary_num_walls)
         self.known: dict[int, tuple[Tensor, ...]] = {}  # level starts already made, at most 8192 and this reset's
 
