@@ -510,8 +510,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
     clocks = torch.zeros((N, num_actions), device=device)  # noise that decides actions, the same on every rank
     # of the episodes in progress: return, length; discounted return (for return_rms), scaled return (for max_mc)
-    statistics = np.zeros((4, N))
-    episode_return, episode_length, discounted_return, scaled_return = statistics
+    episode_return, episode_length, discounted_return, scaled_return = statistics = np.zeros((4, N))
 
     def run_state() -> dict[str, Any]:
         """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
@@ -625,8 +624,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 sampler.record_returns(next_levels[done], scaled_return[done])
                 statistics[:, done] = 0
                 next_levels = sampler.next_levels(done)  # PLR, Algorithm 1: sample the next levels
-                mask = {"reset_mask": done[here]}
-                observation, _ = envs.reset(seed=next_levels[here].tolist(), options=mask)
+                observation, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": done[here]})
             next_obs = torch.from_numpy(observation).to(device)
             next_done = torch.from_numpy(done).to(device, torch.float32)
 
@@ -664,8 +662,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         sampler.update(levels, step_scores.cpu().numpy(), ends.cpu().numpy())
 
         # ==== optimise (PPO) ====
-        b_obs = obs.reshape((-1,) + envs.single_observation_space.shape)
-        b_actions, b_logprobs = actions.reshape(-1), logprobs.reshape(-1)
+        b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.reshape(-1), logprobs.reshape(-1)
         b_advantages, b_returns, b_values = advantages.reshape(-1), returns.reshape(-1), values.reshape(-1)
         losses, updates = torch.zeros(7, device=device), 0  # summed over the minibatches, read once
         for _epoch in range(args.update_epochs):

@@ -947,8 +947,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 episode_return[next_done] = episode_length[next_done] = 0
                 # d = 0: the same level again. d = 1: another one from the buffer (after the last step too, as in dcd)
                 next_levels = sampler.next_levels(next_done, replay, None if replay else next_levels)
-                mask = {"reset_mask": next_done[here]}
-                next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options=mask)
+                next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": next_done[here]})
                 keep = torch.from_numpy(~next_done[here]).to(device)[:, None]
                 lstm_state = tuple(x * keep for x in lstm_state)
 
