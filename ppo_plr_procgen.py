@@ -222,6 +222,12 @@ class ProcgenLevels(gym.vector.VectorEnv):
         self.procgen.close()
 
 
+def to_device(x: np.ndarray, device: torch.device) -> Tensor:
+    """To a GPU through page-locked memory, so that nothing waits for the copy."""
+    x = torch.from_numpy(x)
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
 def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
     """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
     try:
@@ -505,8 +511,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
     logprobs = torch.zeros((T, n), device=device)
     logits = torch.zeros((T, n, num_actions), device=device)  # float32, normalised log-probabilities
-    rewards, values = torch.zeros((2, T, N), device=device)  # float32; rewards are normalised
-    dones = torch.zeros((T, N), device=device)  # float32; dones[t], set before step t: obs[t] begins an episode
+    own_values = torch.zeros((T + 1, n), device=device)  # float32; the last row is of what follows the rollout
+    rewards = torch.zeros((T, N))  # float32, normalised; on the CPU, like all that is of all ranks' environments
+    dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
     clocks = torch.zeros((N, num_actions), device=device)  # noise that decides actions, the same on every rank
     # of the episodes in progress: return, length; discounted return (for return_rms), scaled return (for max_mc)
@@ -551,7 +558,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     def require_finite(x: Tensor, what: str) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
         if not x.isfinite().all():
-            rollout = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": values}
+            rollout = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": own_values}
             write_file(run_dir / f"failed_{RANK}.pt", rollout | {"levels": levels, "agent": agent.state_dict()})
             raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
 
@@ -578,7 +585,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         sampler.drop(np.ones(N, bool))
         next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
         next_obs, _ = envs.reset(seed=next_levels[here].tolist())
-    next_obs, next_done = torch.from_numpy(next_obs).to(device), torch.zeros(N, device=device)  # (n, 64, 64, 3) uint8
+    next_obs, next_done = to_device(next_obs, device), np.zeros(N, bool)  # (n, 64, 64, 3) uint8
 
     stopped: list[int] = []  # signals: the first ends the run after its iteration, a second one at once
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
@@ -601,16 +608,14 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         finished: list[tuple[float, int]] = []  # (raw return, length) of the episodes that ended
         for step in range(args.num_steps):
             global_step += args.num_envs
-            obs[step] = next_obs
-            dones[step] = next_done
-            levels[step] = next_levels
+            obs[step], dones[step], levels[step] = next_obs, next_done, next_levels
             with torch.no_grad():
                 noise = clocks.exponential_()[here]
                 action, logprobs[step], _, value, logits[step] = agent.get_action_and_value(next_obs, clocks=noise)
-            actions[step], values[step, here] = action, value
-            observation, reward, terminations, truncations, _ = envs.step(action.cpu().numpy())
-            reward, done = share(torch.from_numpy(np.stack((reward, terminations | truncations)))).numpy()  # (N,)
-            done = done > 0
+            actions[step], own_values[step] = action, value
+            next_obs, reward, terminations, truncations, _ = envs.step(action.cpu().numpy())
+            reward, next_done = share(torch.from_numpy(np.stack((reward, terminations | truncations)))).numpy()  # (N,)
+            next_done = next_done > 0
             episode_return += reward
             episode_length += 1
             # reward normalisation: by the standard deviation of the discounted return, without centring, clipped
@@ -619,21 +624,21 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             reward = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
             scaled_return += reward
             rewards[step] = torch.from_numpy(reward)
-            if done.any():
-                finished += zip(episode_return[done].tolist(), episode_length[done].tolist())
-                sampler.record_returns(next_levels[done], scaled_return[done])
-                statistics[:, done] = 0
-                next_levels = sampler.next_levels(done)  # PLR, Algorithm 1: sample the next levels
-                observation, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": done[here]})
-            next_obs = torch.from_numpy(observation).to(device)
-            next_done = torch.from_numpy(done).to(device, torch.float32)
+            if next_done.any():
+                finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
+                sampler.record_returns(next_levels[next_done], scaled_return[next_done])
+                statistics[:, next_done] = 0
+                next_levels = sampler.next_levels(next_done)  # PLR, Algorithm 1: sample the next levels
+                next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": next_done[here]})
+            next_obs = to_device(next_obs, device)
 
         # ==== advantages (GAE) ====
         with torch.no_grad():
-            next_value = share(agent.get_value(next_obs))
-        values = share(values[:, here])
-        ends = torch.cat((dones[1:], next_done[None]))  # (T, N): step t ended its episode
-        next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
+            own_values[T] = agent.get_value(next_obs)
+        values = share(own_values).cpu()
+        ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+        ends = torch.from_numpy(ended).float()
+        next_values, values = values[1:] * (1 - ends), values[:-1]
         deltas = rewards + args.gamma * next_values - values
         advantages, lastgaelam = torch.zeros_like(rewards), 0.0
         for t in reversed(range(args.num_steps)):
@@ -658,12 +663,12 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         elif args.score == "min_margin":
             step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
         elif args.score == "max_mc":  # Robust PLR: best return so far on the level, in the units of the values
-            step_scores = torch.from_numpy(sampler.best_returns(levels)).to(values) - values
-        sampler.update(levels, step_scores.cpu().numpy(), ends.cpu().numpy())
+            step_scores = torch.from_numpy(sampler.best_returns(levels)).float() - values
+        sampler.update(levels, step_scores.cpu().numpy(), ended)
 
         # ==== optimise (PPO) ====
         b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.reshape(-1), logprobs.reshape(-1)
-        b_advantages, b_returns, b_values = advantages.reshape(-1), returns.reshape(-1), values.reshape(-1)
+        b_advantages, b_returns, b_values = torch.stack((advantages, returns, values)).flatten(1).to(device)
         losses, updates = torch.zeros(7, device=device), 0  # summed over the minibatches, read once
         for _epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):

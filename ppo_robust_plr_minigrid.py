@@ -835,7 +835,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     images = torch.zeros((T, n) + envs.single_observation_space["image"].shape, dtype=torch.uint8, device=device)
     directions, actions = torch.zeros((2, T, n), dtype=torch.int64, device=device)
     logits = torch.zeros((T, n, num_actions), device=device)  # float32, after the rollout log-probabilities
-    rewards, values = torch.zeros((2, T, N), device=device)  # float32
+    rollout = torch.zeros((2, T + 1, n), device=device)  # float32; the last row is of what follows the rollout
+    own_rewards, own_values = rollout
     dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
     clocks = torch.zeros((N, num_actions), device=device)  # noise that decides the actions, the same on every rank
@@ -875,9 +876,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     def require_finite(x: Tensor, what: str) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
         if not x.isfinite().all():
-            rollout = {"images": images, "directions": directions, "actions": actions, "logits": logits}
-            rollout |= {"rewards": rewards, "values": values, "levels": levels, "agent": agent.state_dict()}
-            write_file(run_dir / f"failed_{RANK}.pt", rollout)
+            what_led = {"images": images, "directions": directions, "actions": actions, "logits": logits}
+            what_led |= {"rewards": own_rewards, "values": own_values, "levels": levels, "agent": agent.state_dict()}
+            write_file(run_dir / f"failed_{RANK}.pt", what_led)
             raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
 
     # ==== start or resume ====
@@ -930,10 +931,10 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             dones[step] = next_done
             levels[step] = next_levels
             noise = clocks.exponential_()[here]
-            action, values[step, here], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
+            action, own_values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
             actions[step] = action
             next_obs, reward, terminations, truncations, _ = envs.step(action)
-            rewards[step, here] = reward
+            own_rewards[step] = reward
             transfer = share(torch.stack((reward, (terminations | truncations).float()))).cpu().numpy()  # one per step
             next_done = transfer[1] > 0  # (N,) bool, of all ranks
             episode_return += transfer[0]
@@ -941,7 +942,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             if next_done.any():
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
                     final_value = act(next_obs, lstm_state, step_weights, noise)[1]
-                    rewards[step, here] += args.gamma * final_value * timeouts
+                    own_rewards[step] += args.gamma * final_value * timeouts
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
                 episode_return[next_done] = episode_length[next_done] = 0
@@ -955,11 +956,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         logits = logits.log_softmax(-1)  # of the whole rollout at once
         logprobs = logits.gather(-1, actions[..., None]).squeeze(-1)
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
-        ends = torch.from_numpy(ended).to(device, torch.float32)
-        rewards, values, next_value = share(rewards[:, here]), share(values[:, here]), torch.zeros(N, device=device)
+        ends = torch.from_numpy(ended).float()
         if args.bootstrap_timeouts:
-            next_value = share(act(next_obs, lstm_state, step_weights, noise)[1])
-        next_values = torch.cat((values[1:], next_value[None])) * (1 - ends)
+            own_values[T] = act(next_obs, lstm_state, step_weights, noise)[1]
+        rewards, values = share(rollout).cpu()
+        rewards, next_values, values = rewards[:-1], values[1:] * (1 - ends), values[:-1]
         deltas = rewards + args.gamma * next_values - values
         advantages, lastgaelam = torch.zeros_like(rewards), 0.0
         for t in reversed(range(args.num_steps)):
@@ -970,7 +971,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         # ==== level scores (Algorithm 1: the score S and the buffer's update, neither of which needs the policy's) ====
         # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
         if args.score == "max_mc":  # regret, estimated with the best return so far on the level
-            step_scores = torch.from_numpy(sampler.best_returns(levels)).to(values) - values
+            step_scores = torch.from_numpy(sampler.best_returns(levels)).float() - values
         elif args.score == "positive_value_loss":
             step_scores = advantages.clamp(min=0)
         elif args.score == "value_l1":
@@ -992,6 +993,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         # Robust PLR learns nothing from new levels, so nothing is computed for them.
         learn = replay or args.curriculum != "robust_plr"
         losses, updates, M = torch.zeros(7, device=device), 0, args.num_minibatches  # summed, read once
+        if learn:
+            advantages, returns, values = torch.stack((advantages, returns, values)).to(device)
         for _epoch in range(args.update_epochs if learn else 0):
             # of every M environments in a row, each minibatch gets one: equally many of each rank
             for mb_envs in (torch.rand(N // M, M).argsort(dim=1) + torch.arange(0, N, M)[:, None]).T:
