@@ -27,6 +27,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
@@ -53,7 +54,7 @@ GAMES_WITH_MODE["memory"] = "caveflyer dodgeball heist jumper maze miner".split(
 SCORES = "value_l1 gae positive_value_loss one_step_td_error policy_entropy least_confidence min_margin max_mc".split()
 FORMAT = "ppo_plr_procgen 1"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track env_threads resume evaluate".split()
+FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile env_threads resume evaluate".split()
 FIRST_TEST_LEVEL = 2**30  # levels below are for training, from here to 2**31 - 1 for testing: no run trains on those
 
 
@@ -114,6 +115,7 @@ class Args:
     # Speed
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: twice as fast on GPUs, CPUs with AMX or AVX512-BF16
     compile: bool = False  # torch.compile the network
+    profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
 
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
@@ -154,7 +156,8 @@ def check_args(args: Args) -> None:
     rollout = f"--num-envs x --num-steps = {args.batch_size}"
     divides = f"a divisor of {rollout} and less than that"
     require("num_minibatches", lambda x: args.batch_size % x == 0 and x < args.batch_size, divides)
-    require("total_timesteps", lambda x: x >= args.batch_size, f"at least {rollout}, the steps of one iteration")
+    first = args.batch_size * (3 if args.profile else 1)
+    require("total_timesteps", lambda x: x >= first, f"at least {first}: {rollout} is one iteration, --profile needs 3")
     most = FIRST_TEST_LEVEL - args.num_levels
     require("start_level", lambda x: x <= most, f"at most {most}: levels from {FIRST_TEST_LEVEL} on are for testing")
     if args.num_levels == 0:
@@ -526,6 +529,18 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         state["return_rms"] = [float(return_rms.mean), float(return_rms.var), float(return_rms.count)]
         return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
+    profiler, running, spent = torch.profiler.profile(), contextlib.ExitStack(), Counter()  # seconds by phase
+
+    def phase(name: str) -> None:
+        """With --profile: what follows, the GPU's work included, is this phase's time and a range of the trace."""
+        if args.profile and iteration > 1:  # the first one warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            running.close()  # and with it the phase before
+            start = time.perf_counter()
+            running.callback(lambda: spent.update({name: time.perf_counter() - start}))
+            running.enter_context(torch.profiler.record_function(name))
+
     def log(path: Path, row: dict[str, Any]) -> None:
         """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
         for key, value in row.items():
@@ -594,13 +609,18 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         save_checkpoint()
     if RANK == 0:
         what = f"{args.env_id} ({args.distribution_mode}), {args.num_levels or 'unbounded'} levels, {args.curriculum}"
-        why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
-        print(f"{what}, seed {args.seed}: {run_dir}\n{why}training on {device_name}", flush=True)
+        print(f"{what}, seed {args.seed}: {run_dir}\ntraining on {device_name}", flush=True)
     shown_at, evaluation, stopping = (global_step, train_seconds), None, False  # shown_at: at the last printed line
 
     while iteration < args.num_iterations and not stopping:
         iteration += 1
         iteration_start = time.time()
+        phase("rest")
+        last = iteration == args.num_iterations
+        if args.profile and last:
+            shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
+            print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
+            profiler.start()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
 
@@ -608,12 +628,17 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         finished: list[tuple[float, int]] = []  # (raw return, length) of the episodes that ended
         for step in range(args.num_steps):
             global_step += args.num_envs
+            phase("inference")
             obs[step], dones[step], levels[step] = next_obs, next_done, next_levels
             with torch.no_grad():
                 noise = clocks.exponential_()[here]
                 action, logprobs[step], _, value, logits[step] = agent.get_action_and_value(next_obs, clocks=noise)
             actions[step], own_values[step] = action, value
-            next_obs, reward, terminations, truncations, _ = envs.step(action.cpu().numpy())
+            phase("transfer")
+            action = action.cpu().numpy()
+            phase("environment")
+            next_obs, reward, terminations, truncations, _ = envs.step(action)
+            phase("rest")
             reward, next_done = share(torch.from_numpy(np.stack((reward, terminations | truncations)))).numpy()  # (N,)
             next_done = next_done > 0
             episode_return += reward
@@ -625,14 +650,18 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             scaled_return += reward
             rewards[step] = torch.from_numpy(reward)
             if next_done.any():
+                phase("sampler")
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], scaled_return[next_done])
                 statistics[:, next_done] = 0
                 next_levels = sampler.next_levels(next_done)  # PLR, Algorithm 1: sample the next levels
+                phase("environment")
                 next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": next_done[here]})
+            phase("transfer")
             next_obs = to_device(next_obs, device)
 
         # ==== advantages (GAE) ====
+        phase("rest")
         with torch.no_grad():
             own_values[T] = agent.get_value(next_obs)
         values = share(own_values).cpu()
@@ -664,9 +693,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
         elif args.score == "max_mc":  # Robust PLR: best return so far on the level, in the units of the values
             step_scores = torch.from_numpy(sampler.best_returns(levels)).float() - values
+        phase("sampler")
         sampler.update(levels, step_scores.cpu().numpy(), ended)
 
         # ==== optimise (PPO) ====
+        phase("update")
         b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.reshape(-1), logprobs.reshape(-1)
         b_advantages, b_returns, b_values = torch.stack((advantages, returns, values)).flatten(1).to(device)
         losses, updates = torch.zeros(7, device=device), 0  # summed over the minibatches, read once
@@ -706,6 +737,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         # ==== log ====
         losses = share(losses[:, None]).sum(-1) / updates
         require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
+        phase("rest")
         seconds = time.time() - iteration_start
         train_seconds += seconds
         names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
@@ -720,11 +752,13 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
             **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
         }
+        if args.profile and last:
+            profiler.stop()
+            profiler.export_chrome_trace(str(run_dir / f"trace_{RANK}.json.gz"))
         if RANK == 0:
             log(run_dir / "progress.csv", row)
 
         # ==== evaluate ====
-        last = iteration == args.num_iterations
         if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
             video = run_dir / "videos" / f"step_{global_step}.gif" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)

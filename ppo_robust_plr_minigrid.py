@@ -30,6 +30,7 @@ import threading
 import time
 import traceback
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
@@ -53,53 +54,31 @@ from plr_sampler import LevelSampler
 
 # The published evaluation mazes, without their border: > agent facing east, # wall, G goal, g one of the possible goals
 MAZES = """
-LargeCorridor        SixteenRooms   Labyrinth      Labyrinth2     Maze           Maze2
-...................  ...#..#..#...  .............  >#...........  .....#>...#..  ...#.#....#..
-.#.#.#.#.#.#.#.#.#.  .>.......#...  .###########.  .#.#########.  .###.####.##.  .#.#.####...#
-.#.#.#.#.#.#.#.#.#.  ...#..#......  .#.........#.  .#.#.......#.  .#...........  .#........#..
-.#.#.#.#.#.#.#.#.#.  #.###.##.###.  .#.#######.#.  .#.#.#####.#.  .########.###  .########.###
-.#.#.#.#.#.#.#.#.#.  ...#.........  .#.#.....#.#.  .#.#.#...#.#.  ........#....  ...#..#.#.#.G
-.#.#.#.#.#.#.#.#.#.  ......#..#...  .#.#.###.#.#.  ...#.#.#.#.#.  ######.#####.  ##.#.##.#.#..
-.#.#.#.#.#.#.#.#.#.  ##.#.##.###.#  .#.#.#G#.#.#.  ####.#G#.#.#.  ....#..#.....  >#.#....#.##.
-.#.#.#.#.#.#.#.#.#.  ...#.....#...  .#.#.#.#.#.#.  ...#.###.#.#.  .##...##.####  .#.##.###..#.
-.#g#g#g#g#g#g#g#g#.  ...#..#......  .#...#...#.#.  .#.#.....#.#.  ..#.#..#...#.  .#..#..###.#.
->#################.  .####.##.#.##  .#########.#.  .#.#######.#.  #.#.##.###.#.  .##.##.#.#.#.
-.#g#g#g#g#g#g#g#g#.  ...#..#..#...  .....#.....#.  .#.........#.  #.#..#...#...  .#...#.#.#.#.
-.#.#.#.#.#.#.#.#.#.  ......#....G.  ####.#.#####.  .###########.  #.##.###.###.  .#.#.#.#.#.#.
-.#.#.#.#.#.#.#.#.#.  ...#.....#...  >....#.......  .............  ...#..G#.#...  ...#...#.....
-.#.#.#.#.#.#.#.#.#.
-.#.#.#.#.#.#.#.#.#.
-.#.#.#.#.#.#.#.#.#.
-.#.#.#.#.#.#.#.#.#.
-.#.#.#.#.#.#.#.#.#.
-...................
-
-SmallCorridor  SixteenRoomsFewerDoors  Maze3
-.............  ...#.....#...           ...>#.#......
-.#.#.#.#.#.#.  .>....#..#...           .####.#.####.
-.#.#.#.#.#.#.  ...#..#..#...           .#....#.#....
-.#.#.#.#.#.#.  ####.##.###.#           ...####.#.#.#
-.#.#.#.#.#.#.  ...#..#......           ##.#....#.#..
-.#g#g#g#g#g#.  ......#..#...           ...#.##.#.##.
->###########.  #.#####.#####           .#.#.#..#..#G
-.#g#g#g#g#g#.  ...#..#..#...           .#.#.#.###.##
-.#.#.#.#.#.#.  ...#.........           .#...#.#.#...
-.#.#.#.#.#.#.  ##.##.##.####           .###.#.#.###.
-.#.#.#.#.#.#.  ...#..#..#...           .#...#.#...#.
-.#.#.#.#.#.#.  ......#....G.           .#.###.#.#.#.
-.............  ...#..#..#...           .#...#...#...
+SixteenRooms  Labyrinth     Labyrinth2    Maze          Maze2         SmallCorridor SixteenRoomsFewerDoors Maze3
+...#..#..#... ............. >#........... .....#>...#.. ...#.#....#.. ............. ...#.....#...          ...>#.#......
+.>.......#... .###########. .#.#########. .###.####.##. .#.#.####...# .#.#.#.#.#.#. .>....#..#...          .####.#.####.
+...#..#...... .#.........#. .#.#.......#. .#........... .#........#.. .#.#.#.#.#.#. ...#..#..#...          .#....#.#....
+#.###.##.###. .#.#######.#. .#.#.#####.#. .########.### .########.### .#.#.#.#.#.#. ####.##.###.#          ...####.#.#.#
+...#......... .#.#.....#.#. .#.#.#...#.#. ........#.... ...#..#.#.#.G .#.#.#.#.#.#. ...#..#......          ##.#....#.#..
+......#..#... .#.#.###.#.#. ...#.#.#.#.#. ######.#####. ##.#.##.#.#.. .#g#g#g#g#g#. ......#..#...          ...#.##.#.##.
+##.#.##.###.# .#.#.#G#.#.#. ####.#G#.#.#. ....#..#..... >#.#....#.##. >###########. #.#####.#####          .#.#.#..#..#G
+...#.....#... .#.#.#.#.#.#. ...#.###.#.#. .##...##.#### .#.##.###..#. .#g#g#g#g#g#. ...#..#..#...          .#.#.#.###.##
+...#..#...... .#...#...#.#. .#.#.....#.#. ..#.#..#...#. .#..#..###.#. .#.#.#.#.#.#. ...#.........          .#...#.#.#...
+.####.##.#.## .#########.#. .#.#######.#. #.#.##.###.#. .##.##.#.#.#. .#.#.#.#.#.#. ##.##.##.####          .###.#.#.###.
+...#..#..#... .....#.....#. .#.........#. #.#..#...#... .#...#.#.#.#. .#.#.#.#.#.#. ...#..#..#...          .#...#.#...#.
+......#....G. ####.#.#####. .###########. #.##.###.###. .#.#.#.#.#.#. .#.#.#.#.#.#. ......#....G.          .#.###.#.#.#.
+...#.....#... >....#....... ............. ...#..G#.#... ...#...#..... ............. ...#..#..#...          .#...#...#...
 """
-NAMED_MAZES = {  # name -> (height, width) characters
-    column[0]: np.array([list(row) for row in column[1:] if row])
-    for block in MAZES.strip().split("\n\n")
-    for column in itertools.zip_longest(*(line.split() for line in block.splitlines()))
-}
+half = ["." * 19, *["." + "#." * 9] * 7, "." + "#g" * 8 + "#."]  # of LargeCorridor, like SmallCorridor
+NAMED_MAZES = {"LargeCorridor": [*half, ">" + "#" * 17 + ".", *half[::-1]]}  # name -> (height, width) characters
+NAMED_MAZES |= {name: rows for name, *rows in zip(*map(str.split, MAZES.strip().splitlines()))}
+NAMED_MAZES = {name: np.array([list(row) for row in rows]) for name, rows in NAMED_MAZES.items()}
 
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
 SCORES = "max_mc positive_value_loss value_l1 gae one_step_td_error policy_entropy least_confidence min_margin".split()
 FORMAT = "ppo_robust_plr_minigrid 1"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track resume evaluate".split()  # not the run's
+FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile resume evaluate".split()
 FIRST_TEST_LEVEL = 2**30  # levels (reset seeds) below are for training, those from here on for evaluation
 Obs = dict[str, Tensor]  # "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
 
@@ -162,6 +141,7 @@ class Args:
     # Speed
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 pays on GPUs and on CPUs with AMX or AVX512-BF16
     compile: bool = False  # torch.compile the mazes' step and the network's
+    profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
 
     batch_size: int = field(init=False)
     num_iterations: int = field(init=False)
@@ -199,11 +179,12 @@ def check_args(args: Args) -> None:
     require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
     parts = f"a divisor of --num-envs {args.num_envs}" + f" / {WORLD} processes" * (WORLD > 1)
     require("num_minibatches", lambda x: args.num_envs // WORLD % x == 0, parts)
-    first, why = args.batch_size, "--num-envs x --num-steps, the steps of one iteration"
+    first, why = args.batch_size, "--num-envs x --num-steps is one iteration, and --profile needs three"
+    first *= 3 if args.profile else 1
     if args.curriculum == "robust_plr":
         require("replay_prob", lambda x: x > 0, "above 0: robust_plr learns from replayed levels only")
         fill = math.ceil(args.rho * args.buffer_size)
-        first *= 1 + math.ceil(fill / args.num_envs)
+        first = max(first, args.batch_size * (1 + math.ceil(fill / args.num_envs)))
         why = f"robust_plr learns nothing before the buffer holds --rho x --buffer-size = {fill} levels"
     require("total_timesteps", lambda x: x >= first, f"at least {first}: {why}")
     time_limit = args.max_steps if args.env_id == "maze" else check_environment(args.env_id)
@@ -462,10 +443,10 @@ class TensorEnvs(gym.vector.VectorWrapper):
 
 def make_minigrid(env_id: str, num_envs: int, device: torch.device, see_like_mazes: bool = False) -> TensorEnvs:
     off = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    if not see_like_mazes:
-        return TensorEnvs(gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off), device)
-    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, agent_view_size=VIEW)
-    envs.set_attr("see_through_walls", True)
+    view = {"agent_view_size": VIEW} if see_like_mazes else {}
+    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, **view)
+    if see_like_mazes:
+        envs.set_attr("see_through_walls", True)
     return TensorEnvs(envs, device)
 
 
@@ -847,6 +828,18 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
         return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
 
+    profiler, running, spent = torch.profiler.profile(), contextlib.ExitStack(), Counter()  # seconds by phase
+
+    def phase(name: str) -> None:
+        """With --profile: what follows, the GPU's work included, is this phase's time and a range of the trace."""
+        if args.profile and iteration > 1:  # the first one warms up
+            if device.type == "cuda":
+                torch.cuda.synchronize()
+            running.close()  # and with it the phase before
+            start = time.perf_counter()
+            running.callback(lambda: spent.update({name: time.perf_counter() - start}))
+            running.enter_context(torch.profiler.record_function(name))
+
     def log(path: Path, row: dict[str, Any]) -> None:
         """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
         for key, value in row.items():
@@ -902,14 +895,18 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     if not checkpoint:
         save_checkpoint()
     if RANK == 0:
-        why = "" if device.type == "cuda" else "No CUDA device: " if args.cuda else "--no-cuda: "
-        what = f"{args.env_id}, {args.curriculum}, seed {args.seed}"
-        print(f"{what}: {run_dir}\n{why}training on {device_name}", flush=True)
+        print(f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}\ntraining on {device_name}", flush=True)
     shown_at, evaluation, stopping = (global_step, train_seconds), None, False  # shown_at: at the last printed line
 
     while iteration < args.num_iterations and not stopping:
         iteration += 1
         iteration_start = time.time()
+        phase("rest")
+        last = iteration == args.num_iterations
+        if args.profile and last:
+            shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
+            print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
+            profiler.start()
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
 
@@ -927,15 +924,18 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         finished: list[tuple[float, int]] = []  # (return, length) of the episodes that ended
         for step in range(args.num_steps):
             global_step += args.num_envs
+            phase("inference")
             images[step], directions[step] = next_obs["image"], next_obs["direction"]
-            dones[step] = next_done
-            levels[step] = next_levels
+            dones[step], levels[step] = next_done, next_levels
             noise = clocks.exponential_()[here]
             action, own_values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
             actions[step] = action
+            phase("environment")
             next_obs, reward, terminations, truncations, _ = envs.step(action)
             own_rewards[step] = reward
+            phase("transfer")
             transfer = share(torch.stack((reward, (terminations | truncations).float()))).cpu().numpy()  # one per step
+            phase("rest")
             next_done = transfer[1] > 0  # (N,) bool, of all ranks
             episode_return += transfer[0]
             episode_length += 1
@@ -943,16 +943,19 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                 if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
                     final_value = act(next_obs, lstm_state, step_weights, noise)[1]
                     own_rewards[step] += args.gamma * final_value * timeouts
+                phase("sampler")
                 finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
                 sampler.record_returns(next_levels[next_done], episode_return[next_done])
                 episode_return[next_done] = episode_length[next_done] = 0
                 # d = 0: the same level again. d = 1: another one from the buffer (after the last step too, as in dcd)
                 next_levels = sampler.next_levels(next_done, replay, None if replay else next_levels)
+                phase("environment")
                 next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": next_done[here]})
                 keep = torch.from_numpy(~next_done[here]).to(device)[:, None]
                 lstm_state = tuple(x * keep for x in lstm_state)
 
         # ==== advantages (GAE) ====
+        phase("rest")
         logits = logits.log_softmax(-1)  # of the whole rollout at once
         logprobs = logits.gather(-1, actions[..., None]).squeeze(-1)
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
@@ -987,9 +990,11 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         elif args.score == "min_margin":
             step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
         cut_too = args.bootstrap_timeouts and args.score != "max_mc"
+        phase("sampler")
         sampler.update(levels, step_scores.cpu().numpy(), ended, score_tails=cut_too)
 
         # ==== optimise (PPO; Algorithm 1: if d = 1, update the policy) ====
+        phase("update")
         # Robust PLR learns nothing from new levels, so nothing is computed for them.
         learn = replay or args.curriculum != "robust_plr"
         losses, updates, M = torch.zeros(7, device=device), 0, args.num_minibatches  # summed, read once
@@ -1037,6 +1042,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         # ==== log ====
         losses = share(losses[:, None]).sum(-1) / max(updates, 1)
         require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
+        phase("rest")
         curriculum = sampler.metrics() | level_metrics(args, sampler, levels, replay)
         seconds = time.time() - iteration_start
         train_seconds += seconds
@@ -1055,11 +1061,13 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             "curriculum/replay": int(replay),
             **{f"curriculum/{name}": value for name, value in curriculum.items()},
         }
+        if args.profile and last:
+            profiler.stop()
+            profiler.export_chrome_trace(str(run_dir / f"trace_{RANK}.json.gz"))
         if RANK == 0:
             log(run_dir / "progress.csv", row)
 
         # ==== evaluate ====
-        last = iteration == args.num_iterations
         if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
             video = run_dir / "videos" / f"step_{global_step}" if args.capture_video else None
             evaluation = evaluate(agent, args, device, video)
