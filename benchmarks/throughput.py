@@ -1,375 +1,444 @@
-"""Training steps per second of ppo_plr_procgen.py, where the time goes, and CleanRL's ppo_procgen.py beside it.
+"""Speed of both scripts: environments alone, training, where its time goes, several runs at once; peers beside them.
 
-    python benchmarks/throughput.py
-    python benchmarks/throughput.py --cleanrl ../cleanrl/cleanrl/ppo_procgen.py --out benchmarks/results/throughput
-    python benchmarks/throughput.py --precisions fp32 bf16 tf32 --num-envs 64 256 --compile         # on a GPU
+    python benchmarks/throughput.py --out benchmarks/results/throughput
+    python benchmarks/throughput.py --cleanrl PATH/ppo_procgen.py --jaxued PATH --jaxued-python PATH/bin/python
+    python benchmarks/throughput.py --scripts mazes --precisions fp32 tf32 bf16 --compile \\
+        --mazes-envs 32 512 2048 8192 --at-once 1 4 8 --limit 560 --out "$OUT/throughput"         # on a GPU
+    python benchmarks/throughput.py --parts environment                                           # a minute
 
-Every number comes from the training scripts as they are, one process per run, first iteration dropped. The contenders
-take turns (A B A B ...), so that what else the machine does meets all of them. Run it on an idle machine.
+Training numbers come from the scripts as they are, one process per run, the first iteration (of each kind) dropped. The
+contenders take turns (A B A B ...), so that what else the machine does meets all of them. Files are written after every
+measurement; one that fails, or for which no time is left, is named in them and stops no other. With the defaults and
+both peers some 25 minutes on 2 cores, idle ones.
 """
 
-import contextlib
-import io
+import csv
+import functools
 import itertools
-import json
 import os
-import runpy
+import re
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
-from typing import Literal
+from typing import Any, Literal
 
+import matplotlib
 import numpy as np
 import torch
 import tyro
+from peers import BLOCK, cleanrl, jaxued
 from sampler import cpu_name, markdown, write_csv
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
+SCRIPTS = {"procgen": "ppo_plr_procgen.py", "mazes": "ppo_robust_plr_minigrid.py"}
+PAPER = {"procgen": (64, 25_000_000), "mazes": (32, 250_000_000)}  # environments, steps of a run
+PHASES = ("environment", "inference", "transfer", "sampler", "update", "rest")
+MOST_ENVS = 1024  # mazes in a minibatch: 256 steps of each take 8 MB in an update
+COLUMNS = ["part", "script", "num_envs", "contender", "round", "steps_per_second", "iterations", "replay_share"]
+COLUMNS += ["new_seconds", "replay_seconds", "as_run", "step_alone", "step_best", "runs", *PHASES]
+COLUMNS += ["wrappers", "evaluation", "jax"]
 
 
 @dataclass
 class Args:
-    env_id: str = "starpilot"
-    """the game, in easy mode"""
-    num_envs: tuple[int, ...] = (64,)
-    """numbers of environments; a minibatch is always an eighth of the rollout"""
+    scripts: tuple[Literal["procgen", "mazes"], ...] = ("procgen", "mazes")
+    """which of the two"""
+    parts: tuple[Literal["environment", "training", "phases", "at_once"], ...] = ("environment", "training", "phases")
+    """what to measure; --at-once adds its own"""
+    procgen_envs: tuple[int, ...] = (64,)
+    """numbers of Procgen environments; a minibatch is always an eighth of the rollout"""
+    mazes_envs: tuple[int, ...] = (32, 512, 4096)
+    """numbers of mazes; the peer has 32"""
+    game: str = "starpilot"
+    """of Procgen, in easy mode"""
     num_steps: int = 256
     """steps of each environment per rollout"""
     precisions: tuple[Literal["fp32", "tf32", "bf16"], ...] = ("fp32", "bf16")
-    """of our network; CleanRL's is fp32"""
+    """of our network; the peers' is fp32"""
     compile: bool = False
     """also run each precision with --compile"""
+    at_once: tuple[int, ...] = ()
+    """numbers of runs at the same time, of the papers' shapes in the last precision"""
     cuda: bool = True
     """use the GPU if there is one"""
     cleanrl: Path | None = None
     """CleanRL's ppo_procgen.py, to run beside ours"""
-    rounds: int = 3
+    jaxued: Path | None = None
+    """a checkout of github.com/DramaCow/jaxued, to run its examples/maze_plr.py beside ours"""
+    jaxued_python: str = sys.executable
+    """interpreter with jaxued's requirements"""
+    rounds: int = 2
     """times that each contender runs"""
-    iterations: int = 4
-    """iterations measured in each run, after one of warm-up"""
+    iterations: int = 2
+    """iterations measured in each run of Procgen; six times as many of mazes, whose iterations are short"""
+    buffer_size: int = 4000
+    """mazes kept for replay, and levels that the mazes alone are reset to"""
+    rho: float = 0.5
+    """fill of that buffer before replay, which is not measured"""
+    max_steps: int = 250
+    """time limit of an episode in a maze, at most --num-steps"""
+    seconds: float = 2.0
+    """of one measurement of the environments alone"""
+    limit: float = 3600.0
+    """seconds for everything; what has not begun by then is left out, and said"""
     out: Path | None = None
-    """folder for throughput.md, throughput.csv (each round) and phases.csv (each iteration)"""
+    """folder for throughput.md, throughput.csv (every measurement) and throughput.png"""
 
 
-# ---- our script -----------------------------------------------------------------------------------------------------
+# ---- environments alone ---------------------------------------------------------------------------------------------
 
 
-def our_flags(args: Args, flags: list[str], num_envs: int, run_dir: str) -> list[str]:
-    total = (args.iterations + 1) * num_envs * args.num_steps
-    flags = flags + ["--env-id", args.env_id, "--total-timesteps", str(total), "--num-envs", str(num_envs)]
-    flags += ["--num-steps", str(args.num_steps), "--run-dir", run_dir, "--cuda" if args.cuda else "--no-cuda"]
-    return flags + ["--eval-interval", "0", "--eval-episodes", "1", "--checkpoint-interval", "0"]
+def now() -> float:
+    if torch.cuda.is_initialized():
+        torch.cuda.synchronize()
+    return time.perf_counter()
 
 
-def run(command: list[str]) -> str:
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)} failed:\n{done.stdout[-2000:]}{done.stderr[-4000:]}")
-    return done.stdout
+@torch.no_grad()
+def environment_alone(args: Args, script: str, num_envs: int, compiled: bool) -> dict[str, Any]:
+    """Steps with random actions; where episodes end, levels drawn from a set whose starts are known. For mazes also
+    `step` by itself: nobody looks whether an episode has ended."""
+    rng, steps = np.random.default_rng(0), -50  # the first 50 warm up
+    if script == "procgen":
+        from ppo_plr_procgen import ProcgenLevels
 
+        num_levels, actions = 200, rng.integers(15, size=(512, num_envs)).astype(np.int32)
+        envs = ProcgenLevels(num_envs, args.game, "easy", min(os.cpu_count(), num_envs))
+        for level in range(num_levels):
+            envs.level_start(level)
+        envs.reset(seed=rng.integers(num_levels, size=num_envs))
+    else:
+        from ppo_robust_plr_minigrid import MazeEnvs
 
-def our_steps_per_second(args: Args, flags: list[str], num_envs: int) -> float:
-    """From one iteration's row of progress.csv to a later one's, logging included, as CleanRL is measured."""
-    with tempfile.TemporaryDirectory() as folder:
-        run_dir = folder + "/run"
-        run([sys.executable, "ppo_plr_procgen.py", *our_flags(args, flags, num_envs, run_dir)])
-        progress = np.genfromtxt(run_dir + "/progress.csv", delimiter=",", names=True)
-    first, last = progress[[0, -1]][["global_step", "wall_seconds"]].tolist()
-    return (last[0] - first[0]) / (last[1] - first[1])
-
-
-def our_phases(argv: list[str]) -> None:
-    """Runs our script in this process with clocks where its phases meet; prints a line of seconds per iteration.
-
-    The clocks wait for the GPU, which costs nothing where the script waits for it anyway: after acting and after the
-    minibatches. No number of the script changes.
-    """
-    import ppo_plr_procgen as script
-
-    spent, reached = Counter(), {}
-
-    def now() -> float:
-        if torch.cuda.is_initialized():
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def clock(owner: type, name: str, phase: str, when=lambda: True) -> None:
-        inner = getattr(owner, name)
-
-        def timed(*args, **kwargs):
-            reached[name, "start"] = start = now()
-            try:
-                return inner(*args, **kwargs)
-            finally:
-                reached[name, "end"] = end = now()
-                if when():
-                    spent[phase] += end - start
-
-        setattr(owner, name, timed)
-
-    clock(script.ProcgenLevels, "step", "environment")
-    clock(script.ProcgenLevels, "reset", "environment")
-    clock(script.Agent, "get_action_and_value", "acting", when=lambda: not torch.is_grad_enabled())
-    clock(script.Agent, "get_value", "bootstrap")
-    clock(script.SummaryWriter, "add_scalar", "logging")
-    for method in ("next_levels", "record_returns", "best_returns", "update", "metrics"):
-        clock(script.LevelSampler, method, "sampler")
-    metrics = script.LevelSampler.metrics
-
-    def end_of_iteration(sampler: script.LevelSampler) -> dict[str, float]:
-        result = metrics(sampler)
-        previous, reached["iteration"] = reached.get("iteration"), now()
-        if previous:
-            rollout = reached["get_value", "start"] - previous
-            before = sum(spent[name] for name in ("environment", "acting", "sampler", "logging"))
-            before -= sum(reached[name, "end"] - reached[name, "start"] for name in ("update", "metrics"))
-            phases = {name: spent[name] for name in ("environment", "acting", "sampler", "logging")}
-            phases["rest of rollout"] = rollout - before
-            phases["advantages and scores"] = reached["update", "start"] - reached["get_value", "start"]
-            phases["update"] = reached["metrics", "start"] - reached["update", "end"]
-            print("PHASES " + json.dumps(phases), flush=True)
-        spent.clear()
-        return result
-
-    script.LevelSampler.metrics = end_of_iteration
-    sys.argv = ["ppo_plr_procgen.py", *argv]
-    script.main()
-
-
-def environment_only(args: Args, num_envs: int, seconds: float = 3.0) -> float:
-    """Steps per second of ProcgenLevels with random actions on 200 levels, resets included."""
-    from ppo_plr_procgen import ProcgenLevels
-
-    rng = np.random.default_rng(0)
-    envs = ProcgenLevels(num_envs, args.env_id, "easy", num_threads=min(os.cpu_count(), num_envs))
-    for level in range(200):
-        envs.level_start(level)
-    envs.reset(seed=rng.integers(200, size=num_envs))
-    steps, start = -20, None
-    while start is None or time.perf_counter() - start < seconds:
-        if steps == 0:
-            start = time.perf_counter()
-        _, _, done, _, _ = envs.step(rng.integers(15, size=num_envs))
+        device = torch.device("cuda" if args.cuda and torch.cuda.is_available() else "cpu")
+        envs, num_levels = MazeEnvs(num_envs, device, max_steps=args.max_steps, compile=compiled), args.buffer_size
+        actions = torch.from_numpy(rng.integers(7, size=(512, num_envs))).to(device)
+        for first in range(0, num_levels, num_envs):
+            envs.reset(seed=np.arange(first, first + num_envs) % num_levels)
+    start = now()
+    while steps <= 0 or now() - start < args.seconds:
+        start = now() if steps == 0 else start
+        _, _, terminations, truncations, _ = envs.step(actions[steps % len(actions)])
+        done = terminations | truncations
+        done = done if script == "procgen" else done.cpu().numpy()
         if done.any():
-            envs.reset(seed=rng.integers(200, size=num_envs), options={"reset_mask": done})
+            envs.reset(seed=rng.integers(num_levels, size=num_envs), options={"reset_mask": done})
         steps += 1
-    end = time.perf_counter()
-    envs.close()
-    return steps * num_envs / (end - start)
-
-
-# ---- CleanRL's script -----------------------------------------------------------------------------------------------
-
-
-class Wrapper:
-    """gym 0.23's Wrapper: what it does not have itself comes from the environment inside."""
-
-    def __init__(self, env):
-        self.env = env
-        self.num_envs = getattr(env, "num_envs", 1)
-
-    def __getattr__(self, name: str):
-        return getattr(self.env, name)
-
-    def reset(self):
-        return self.env.reset()
-
-    def step(self, action):
-        return self.env.step(action)
-
-
-class TransformObservation(Wrapper):
-    inside = 0.0  # seconds inside ProcgenEnv.step: this wrapper is the innermost one
-
-    def __init__(self, env, f):
-        super().__init__(env)
-        self.f = f
-
-    def reset(self):
-        return self.f(self.env.reset())
-
-    def step(self, action):
-        start = time.perf_counter()
-        obs, rewards, dones, infos = self.env.step(action)
-        TransformObservation.inside += time.perf_counter() - start
-        return self.f(obs), rewards, dones, infos
-
-
-class RecordEpisodeStatistics(Wrapper):
-    def __init__(self, env):
-        super().__init__(env)
-        self.start = time.perf_counter()
-
-    def reset(self):
-        self.returns, self.lengths = np.zeros(self.num_envs, np.float32), np.zeros(self.num_envs, np.int32)
-        return self.env.reset()
-
-    def step(self, action):
-        obs, rewards, dones, infos = self.env.step(action)
-        self.returns += rewards
-        self.lengths += 1
-        infos = list(infos)
-        for i in np.flatnonzero(dones):
-            seconds = round(time.perf_counter() - self.start, 6)
-            infos[i] = infos[i] | {"episode": {"r": self.returns[i], "l": self.lengths[i], "t": seconds}}
-            self.returns[i] = self.lengths[i] = 0
-        return obs, rewards, dones, infos
-
-
-class NormalizeReward(Wrapper):
-    """Rewards over the standard deviation of the discounted return, as a running mean and variance see it."""
-
-    def __init__(self, env, gamma=0.99, epsilon=1e-8):
-        super().__init__(env)
-        self.gamma, self.epsilon = gamma, epsilon
-        self.mean, self.var, self.count, self.returns = 0.0, 1.0, 1e-4, np.zeros(self.num_envs)
-
-    def step(self, action):
-        obs, rewards, dones, infos = self.env.step(action)
-        self.returns = self.returns * self.gamma + rewards
-        mean, var, count = self.returns.mean(), self.returns.var(), len(self.returns)
-        delta, total = mean - self.mean, self.count + count
-        m2 = self.var * self.count + var * count + delta**2 * self.count * count / total
-        self.mean, self.var, self.count = self.mean + delta * count / total, m2 / total, total
-        self.returns[dones] = 0.0
-        return obs, rewards / np.sqrt(self.var + self.epsilon), dones, infos
-
-
-class TransformReward(Wrapper):
-    outside = 0.0  # seconds inside the whole stack's step: this wrapper is the outermost one
-
-    def __init__(self, env, f):
-        super().__init__(env)
-        self.f = f
-
-    def step(self, action):
-        start = time.perf_counter()
-        obs, rewards, dones, infos = self.env.step(action)
-        result = obs, self.f(rewards), dones, infos
-        TransformReward.outside += time.perf_counter() - start
+    result = {"steps_per_second": steps * num_envs / (now() - start)}
+    if script == "procgen":
+        envs.close()
         return result
+    steps, start, best, rows = 0, now(), 0.0, list(actions)
+    while now() - start < args.seconds:
+        window = now()
+        for row in rows:
+            envs.step(row)
+        steps, best = steps + len(rows), max(best, len(rows) * num_envs / (now() - window))
+    return result | {"step_alone": steps * num_envs / (now() - start), "step_best": best}
 
 
-def run_cleanrl(path: str, argv: list[str]) -> None:
-    """Runs CleanRL's script unchanged. It is written for gym 0.23, whose wrappers return 4 values per step and know
-    vector environments; with the gym of today these stand in for them and do the same work."""
-    with contextlib.redirect_stderr(io.StringIO()):  # gym prints a notice
-        import gym
-    for wrapper in (TransformObservation, RecordEpisodeStatistics, NormalizeReward, TransformReward):
-        setattr(gym.wrappers, wrapper.__name__, wrapper)
-    sys.argv = [path, *argv]
-    start = time.perf_counter()
-    runpy.run_path(path, run_name="__main__")
-    shim = TransformReward.outside - TransformObservation.inside
-    print("WRAPPERS", shim / (time.perf_counter() - start), flush=True)
+# ---- training -------------------------------------------------------------------------------------------------------
 
 
-def cleanrl_steps_per_second(args: Args, num_envs: int) -> tuple[float, float]:
-    """Timed by the arrival of the line that ends each iteration: its own SPS counts from the start of the process.
-    Also returns the share of the run spent in the stand-ins for gym's wrappers."""
-    batch_size = num_envs * args.num_steps
-    flags = ["--env-id", args.env_id, "--num-envs", str(num_envs), "--num-steps", str(args.num_steps), "--no-track"]
-    flags += ["--total-timesteps", str((args.iterations + 1) * batch_size), "--cuda" if args.cuda else "--no-cuda"]
-    code = "import sys, throughput; throughput.run_cleanrl(sys.argv[1], sys.argv[2:])"
-    command = [sys.executable, "-u", "-c", code, str(args.cleanrl.resolve()), *flags]
-    here = str(Path(__file__).resolve().parent)
-    path = os.pathsep.join([here, *filter(None, [os.environ.get("PYTHONPATH")])])
-    ends, share = [], 0.0
-    with tempfile.TemporaryDirectory() as folder, tempfile.TemporaryFile("w+") as errors:  # it writes runs/ where it is
-        pipes = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
-        with subprocess.Popen(command, cwd=folder, env=os.environ | {"PYTHONPATH": path}, **pipes) as process:
-            for line in process.stdout:
-                if line.startswith("SPS:"):
-                    ends.append(time.perf_counter())
-                elif line.startswith("WRAPPERS"):
-                    share = float(line.split()[1])
-        if process.returncode or len(ends) != args.iterations + 1:
-            errors.seek(0)
-            sys.exit(f"{' '.join(command)} failed:\n{errors.read()[-4000:]}")
-    return args.iterations * batch_size / (ends[-1] - ends[0]), share
+def command(args: Args, script: str, num_envs: int, flags: list[str], iterations: int, run_dir: Path) -> list[str]:
+    line = [sys.executable, SCRIPTS[script], "--num-envs", str(num_envs), "--num-steps", str(args.num_steps), *flags]
+    line += ["--total-timesteps", str(iterations * num_envs * args.num_steps), "--cuda" if args.cuda else "--no-cuda"]
+    line += ["--eval-interval", "0", "--eval-episodes", "1", "--checkpoint-interval", "0", "--run-dir", str(run_dir)]
+    if script == "procgen":
+        return [*line, "--env-id", args.game]
+    minibatches = next(k for k in range(-(-num_envs // MOST_ENVS), num_envs + 1) if num_envs % k == 0)
+    line += ["--buffer-size", str(max(args.buffer_size, num_envs)), "--num-minibatches", str(minibatches)]
+    return [*line, "--max-steps", str(args.max_steps)]
 
 
-# ---- tables ---------------------------------------------------------------------------------------------------------
+def iteration_seconds(progress: Path, rho: float) -> dict[int, list[float]]:
+    """Of a run's iterations on new levels (0) and on replayed ones (1) once rho of the levels are seen, the first of
+    each kind dropped. Procgen's iterations are all of kind 1: each learns."""
+    rows = list(csv.DictReader(progress.read_text().split("\n")[:-1])) if progress.exists() else []
+    seconds: dict[int, list[float]] = {0: [], 1: []}
+    for before, row in zip(rows, rows[1:]):
+        if float(before["seen_share"]) >= rho:
+            taken = float(row["wall_seconds"]) - float(before["wall_seconds"])
+            seconds[int(row.get("replay", 1))].append(taken)
+    return {kind: x[1:] if "replay" in rows[0] else x for kind, x in seconds.items()} if rows else seconds
+
+
+def training(
+    args: Args, script: str, num_envs: int, flags: list[str], rho: float, iterations: int, limit: float, runs: int = 1
+) -> dict[str, Any]:
+    """Runs our script, `runs` times at once, until each has enough iterations. Steps/s of one run: of mazes those of
+    half and half, from the median iterations on new levels and on replayed ones; as_run: as they came. Summed up."""
+    kinds, steps, start = (1,) if script == "procgen" else (0, 1), num_envs * args.num_steps, time.perf_counter()
+    flags = [*flags, *(["--rho", str(rho)] if script == "mazes" else [])]
+
+    def enough(x: dict[int, list[float]]) -> bool:  # one iteration of Procgen will do, and two of each kind of mazes
+        return sum(map(len, x.values())) >= iterations and min(len(x[kind]) for kind in kinds) >= len(kinds)
+
+    with tempfile.TemporaryDirectory() as folder:
+        dirs = [Path(folder) / str(i) for i in range(runs)]
+        processes = []
+        for i, run_dir in enumerate(dirs):
+            total = iterations + 1 if script == "procgen" else 10**6
+            line = command(args, script, num_envs, flags, total, run_dir)
+            with open(f"{run_dir}.log", "w") as log:
+                line += ["--seed", str(i + 1)]
+                processes.append(subprocess.Popen(line, cwd=ROOT, stdout=log, stderr=log))
+        seconds, alive = [{kind: [] for kind in (0, 1)} for _ in dirs], True
+        try:
+            while alive and not all(map(enough, seconds)) and time.perf_counter() - start < limit:
+                time.sleep(0.5)
+                alive = any(process.poll() is None for process in processes)
+                seconds = [iteration_seconds(run_dir / "progress.csv", rho) for run_dir in dirs]
+        finally:
+            for process in processes:
+                process.terminate()
+            for process in processes:
+                process.wait()
+        if any(len(x[kind]) < len(kinds) for x in seconds for kind in kinds):
+            said = Path(f"{dirs[0]}.log").read_text()[-2000:]
+            raise RuntimeError(f"too few iterations within {limit:.0f} s: {said}")
+    result = {"runs": runs, "iterations": sum(len(x) for each in seconds for x in each.values())}
+    result["steps_per_second"] = sum(len(kinds) * steps / sum(median(x[k]) for k in kinds) for x in seconds)
+    if script == "mazes":
+        new, replay = (median(sum((x[k] for x in seconds), [])) for k in kinds)
+        result |= {"new_seconds": new, "replay_seconds": replay}
+        result["replay_share"] = sum(len(x[1]) for x in seconds) / result["iterations"]
+        result["as_run"] = sum(sum(map(len, x.values())) * steps / sum(map(sum, x.values())) for x in seconds)
+    return result
+
+
+def profiled(args: Args, script: str, num_envs: int, flags: list[str], limit: float) -> dict[str, Any]:
+    """Seconds per iteration of each phase, as --profile gives them, of iterations that all learn."""
+    flags = [*flags, "--profile", *(["--curriculum", "plr", "--rho", "0.01"] if script == "mazes" else [])]
+    iterations = args.iterations if script == "procgen" else 6 * args.iterations
+    with tempfile.TemporaryDirectory() as folder:
+        line = command(args, script, num_envs, flags, iterations + 2, Path(folder) / "run")
+        done = subprocess.run(line, cwd=ROOT, capture_output=True, text=True, timeout=limit)
+    said = re.search(r"profile to iteration \d+, rank 0: (.*)", done.stdout)
+    if done.returncode or not said:
+        raise RuntimeError(f"{' '.join(line)} failed:\n{done.stdout[-1000:]}{done.stderr[-2000:]}")
+    phases = {name: float(x) / iterations for name, x in re.findall(r"(\w+) ([\d.e+-]+) s \(", said[1])}
+    speed = num_envs * args.num_steps / sum(phases.values())
+    return {"steps_per_second": speed, "iterations": iterations} | {name: phases.get(name, 0.0) for name in PHASES}
+
+
+# ---- tables and plot ------------------------------------------------------------------------------------------------
+
+
+def spread(rows: list[dict], key: str = "steps_per_second") -> dict[str, str]:
+    values = [row[key] for row in rows]
+    return {"steps/s": f"{median(values):,.0f}", "range": f"{min(values):,.0f} to {max(values):,.0f}"}
+
+
+def grouped(rows: list[dict], part: str) -> dict[tuple[str, int, str], list[dict]]:
+    groups: dict[tuple[str, int, str], list[dict]] = {}
+    for row in rows:
+        if row["part"] == part:
+            groups.setdefault((row["script"], row["num_envs"], row["contender"]), []).append(row)
+    return groups
+
+
+def tables(args: Args, rows: list[dict]) -> str:
+    text = ""
+    if lines := [
+        {"environments": f"{n:,} {script}", "": name, **spread(group)}
+        | ({"`step` by itself": f"{median(row['step_alone'] for row in group):,.0f}",
+            "its best 512 steps": f"{max(row['step_best'] for row in group):,.0f}"}
+           if group[0]["step_alone"] else {"`step` by itself": "", "its best 512 steps": ""})
+        for (script, n, name), group in grouped(rows, "environment").items()
+    ]:  # fmt: skip
+        text += f"Environments alone, random actions, with resets:\n\n{markdown(lines)}\n\n"
+    lines, groups = [], grouped(rows, "training")
+    for (script, n, name), group in groups.items():
+        peer = next((x for x in groups if x[:2] == (script, n) and x[2] in ("CleanRL", "jaxued")), None)
+        line = {"script": script, "environments": f"{n:,}", "contender": name, **spread(group)}
+        speed = median(row["steps_per_second"] for row in group)
+        line["ratio to the peer"], line["rounds' ratios"] = "", ""
+        if peer:
+            ratios = [a["steps_per_second"] / b["steps_per_second"] for a, b in zip(group, groups[peer])]
+            line["ratio to the peer"] = f"{speed / median(row['steps_per_second'] for row in groups[peer]):.2f}"
+            line["rounds' ratios"] = ", ".join(f"{x:.2f}" for x in ratios)
+        hours = PAPER[script][1] / speed / 3600
+        line[f"the paper's {' or '.join(f'{x[1] // 10**6}M' for x in PAPER.values())} steps take"] = f"{hours:,.1f} h"
+        for kind in ("new", "replay"):
+            seconds = [row[f"{kind}_seconds"] for row in group if row[f"{kind}_seconds"] != ""]
+            line[f"iteration on {kind} levels" if kind == "new" else "on replayed ones"] = (
+                f"{median(seconds):.2f} s" if seconds else ""
+            )
+        lines.append(line)
+    text += f"Training:\n\n{markdown(lines)}\n\n" if lines else ""
+    lines = []
+    for (script, n, name), group in grouped(rows, "phases").items():
+        total = sum(row[phase] for row in group for phase in PHASES)
+        line = {"script": script, "environments": f"{n:,}", "": name}
+        for phase in ("environment", "inference", "update"):
+            alone = n * args.num_steps * len(group) / sum(row[phase] for row in group)
+            line[f"{phase} only, steps/s"] = f"{alone:,.0f}"
+        line["all, steps/s"] = f"{median(row['steps_per_second'] for row in group):,.0f}"
+        lines.append(line | {phase: f"{sum(row[phase] for row in group) / total:.1%}" for phase in PHASES})
+    text += f"Where the time goes when every iteration learns:\n\n{markdown(lines)}\n\n" if lines else ""
+    lines = []
+    for (script, n, name), group in grouped(rows, "at_once").items():
+        one = min(group, key=lambda row: row["runs"])
+        for row in sorted(group, key=lambda row: row["runs"]):
+            line = {"script": script, "environments": f"{n:,}", "": name, "runs at once": str(row["runs"])}
+            line["steps/s together"] = f"{row['steps_per_second']:,.0f}"
+            ratio = row["steps_per_second"] / one["steps_per_second"]
+            lines.append(line | {f"ratio to {one['runs']}": f"{ratio:.2f}"})
+    return text + (f"Several runs at once:\n\n{markdown(lines)}\n\n" if lines else "")
+
+
+def report(args: Args, rows: list[dict], notes: list[str]) -> str:
+    gpu = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "no GPU"
+    jax = next((row["jax"] for row in rows if row["jax"]), "")
+    text = tables(args, rows)
+    text += f"""\
+{cpu_name()}, {torch.get_num_threads()} torch threads; {gpu}; PyTorch {torch.__version__}{"; " + jax if jax else ""}.
+{args.num_steps} steps per rollout. Procgen: {args.game}, easy, 200 levels, 3 epochs, 8 minibatches. Mazes: 5 epochs,
+1 minibatch (of at most {MOST_ENVS:,} environments: more of them beyond), buffer of {args.buffer_size:,} levels.
+Environments alone: {args.seconds:g} s per round. "`step` by itself" leaves out looking for ends of episodes, and
+resets; its best 512 steps in a row are what the machine does when nobody else uses it.
+Training: a process per round, wall clock with logging, without evaluation, first iteration (of each kind) dropped.
+Steps/s of mazes: at half of each kind, 2 x steps over the median iterations on new levels and on replayed ones, the
+buffer filled to {args.rho:.0%} by 32 environments, to 1% by more. PLR learns on new levels too; its buffer has 5%.
+Where the time goes: seconds of each phase from --profile, which waits for the device between phases; a phase's "only"
+is steps/s as if it were all. Mazes with --curriculum plr.
+"""
+    if args.cleanrl:
+        share = max((row["wrappers"] for row in rows if row["wrappers"] != ""), default=float("nan"))
+        text += (
+            "CleanRL: its ppo_procgen.py as it is, fp32, all levels of the game. The stand-ins for gym 0.23's wrappers "
+        )
+        text += f"take {share:.2%} of its time.\n"
+    if args.jaxued:
+        shares = [row["evaluation"] for row in rows if row["evaluation"] != ""]
+        share = f"{median(shares):.1%} of the time, measured by itself" if shares else "not measured by itself"
+        text += (
+            f"jaxued: its examples/maze_plr.py as it is, fp32, blocks of {BLOCK} updates after the fill, as they came. "
+        )
+        text += f"Its evaluation (8 mazes, 1 attempt, pictures) after each block is inside: {share}.\n"
+    return text + "".join(f"- {note}\n" for note in notes)
+
+
+def plot(args: Args, rows: list[dict], path: Path) -> None:
+    """A row per script: training steps/s by contender, where the time goes, and both by number of environments."""
+    groups, phases = grouped(rows, "training"), grouped(rows, "phases")
+    figure, axes = plt.subplots(len(args.scripts), 3, figsize=(15, 3.6 * len(args.scripts)), squeeze=False)
+    for script, (left, middle, right) in zip(args.scripts, axes):
+        shape = {name: x for (s, n, name), x in groups.items() if (s, n) == (script, PAPER[script][0])}
+        for i, (name, group) in enumerate(shape.items()):
+            values = [row["steps_per_second"] for row in group]
+            left.barh(i, median(values), color="#999999" if name in ("CleanRL", "jaxued") else "#4477aa")
+            left.plot([min(values), max(values)], [i, i], color="black", lw=2)
+        left.set_yticks(range(len(shape)), shape.keys())
+        left.invert_yaxis()
+        left.set_title(f"{script}: training, {PAPER[script][0]} environments, steps/s")
+        shares = {f"{name}, {n:,}": x for (s, n, name), x in phases.items() if s == script}
+        for i, group in enumerate(shares.values()):
+            total, end = sum(row[phase] for row in group for phase in PHASES), 0.0
+            for color, phase in zip(plt.cm.tab10.colors, PHASES):
+                share = sum(row[phase] for row in group) / total
+                middle.barh(i, share, left=end, color=color, label=phase if i == 0 else None)
+                end += share
+        middle.set_yticks(range(len(shares)), shares.keys())
+        middle.invert_yaxis()
+        middle.set_title("where the time goes when every iteration learns")
+        if shares:
+            middle.legend(ncols=3, fontsize=8, loc="upper center", bbox_to_anchor=(0.5, -0.08), frameon=False)
+        curves: dict[str, list[tuple[int, float]]] = {}
+        for part in ("environment", "training"):
+            for (s, n, name), group in grouped(rows, part).items():
+                if s == script and name not in ("CleanRL", "jaxued"):
+                    label = f"environment alone, {name}" if part == "environment" else name
+                    curves.setdefault(label, []).append((n, median(row["steps_per_second"] for row in group)))
+        for label, points in curves.items():
+            right.plot(*zip(*sorted(points)), marker="o", label=label)
+        right.set(xscale="log", yscale="log", xlabel="environments", title="steps/s by number of environments")
+        if curves:
+            right.legend(fontsize=8)
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def plan(args: Args) -> list[tuple]:
+    """What to measure, in order: part, script, environments, contender, function, its inputs (training's end in the
+    seconds left, which come last)."""
+    options = {}  # name of a contender -> flags
+    for compiled in (False, True) if args.compile else (False,):
+        for precision in args.precisions:
+            options[precision + ", compiled" * compiled] = ["--precision", precision] + ["--compile"] * compiled
+    items, fixed = [], ["--replay-schedule", "fixed"]  # replays from the fill on
+    if "procgen" in args.scripts:
+        count = args.iterations
+        for n in args.procgen_envs:
+            items.append(("environment", "procgen", n, "ProcgenLevels", environment_alone, args, "procgen", n, False))
+            for name, flags in options.items():
+                items.append(("training", "procgen", n, name, training, args, "procgen", n, flags, 0.0, count))
+                items.append(("phases", "procgen", n, name, profiled, args, "procgen", n, flags))
+            if n == PAPER["procgen"][0] and args.cleanrl:
+                inputs = args.cleanrl, args.game, n, args.num_steps, count, args.cuda
+                items.append(("training", "procgen", n, "CleanRL", cleanrl, *inputs))
+    if "mazes" in args.scripts:
+        count = 6 * args.iterations
+        for n in args.mazes_envs:
+            paper = n == PAPER["mazes"][0]
+            for name in ("eager", "compiled") if paper else ("eager",):
+                items.append(("environment", "mazes", n, name, environment_alone, args, "mazes", n, name == "compiled"))
+            for name, flags in options.items():
+                how = (flags, args.rho) if paper else ([*flags, *fixed], 0.01)
+                items.append(("training", "mazes", n, f"Robust PLR, {name}", training, args, "mazes", n, *how, count))
+                items.append(("phases", "mazes", n, name, profiled, args, "mazes", n, flags))
+            if paper:
+                flags = ["--curriculum", "plr", "--precision", args.precisions[0], *fixed]
+                name = f"PLR, {args.precisions[0]}"
+                items.append(("training", "mazes", n, name, training, args, "mazes", n, flags, 0.05, count))
+            if paper and args.jaxued:
+                inputs = args.jaxued, args.jaxued_python, n, args.num_steps, args.buffer_size, args.rho
+                items.append(("training", "mazes", n, "jaxued", jaxued, *inputs, args.iterations, args.cuda))
+    for script, runs in itertools.product(args.scripts, args.at_once):
+        n, name = PAPER[script][0], args.precisions[-1]
+        inputs = args, script, n, ["--precision", name, *(fixed if script == "mazes" else [])], 0.01
+        count = args.iterations if script == "procgen" else 6 * args.iterations
+        items.append(("at_once", script, n, name, functools.partial(training, runs=runs), *inputs, count))
+    order = [part for part in ("environment", "training", "phases") if part in args.parts] + ["at_once"]
+    return sorted((x for x in items if x[0] in order), key=lambda x: order.index(x[0]))
 
 
 def main() -> None:
-    args = tyro.cli(Args)
-    contenders = {}
-    for compiled, precision in itertools.product((False, True) if args.compile else (False,), args.precisions):
-        flags = ["--precision", precision] + ["--compile"] * compiled
-        contenders[f"ours, {precision}{', compiled' if compiled else ''}"] = flags
-    if args.cleanrl:
-        contenders["CleanRL"] = None
-    baseline = "CleanRL" if args.cleanrl else next(iter(contenders))
-    gpu = torch.cuda.get_device_name() if args.cuda and torch.cuda.is_available() else "no GPU"
-    rounds, phases, totals, wrapper_shares = [], [], [], []
-
-    for num_envs in args.num_envs:
-        speeds = {name: [] for name in contenders}
-        for i in range(1, args.rounds + 1):
-            for name, flags in contenders.items():
-                if flags is None:
-                    speed, share = cleanrl_steps_per_second(args, num_envs)
-                    wrapper_shares.append(share)
-                else:
-                    speed = our_steps_per_second(args, flags, num_envs)
-                speeds[name].append(speed)
-                rounds.append({"num_envs": num_envs, "contender": name, "round": i, "steps_per_second": speed})
-                print(f"{num_envs} environments, round {i}: {name} {speed:,.0f} steps/s", file=sys.stderr, flush=True)
-        for name, values in speeds.items():
-            ratios = [a / b for a, b in zip(values, speeds[baseline])]
-            row = {"environments": str(num_envs), "contender": name, "steps/s": f"{median(values):,.0f}"}
-            row["range"] = f"{min(values):,.0f} to {max(values):,.0f}"
-            row[f"ratio to {baseline}"] = f"{median(values) / median(speeds[baseline]):.2f}"
-            totals.append(row | {"range of the rounds' ratios": f"{min(ratios):.2f} to {max(ratios):.2f}"})
-
-        for name, flags in contenders.items():
-            if flags is None:
-                continue
-            with tempfile.TemporaryDirectory() as folder:
-                code = "import sys; sys.path.insert(0, 'benchmarks'); import throughput; "
-                code += "throughput.our_phases(sys.argv[1:])"
-                lines = run([sys.executable, "-c", code, *our_flags(args, flags, num_envs, folder + "/run")])
-            for line in lines.splitlines():
-                if line.startswith("PHASES"):
-                    phases.append({"num_envs": num_envs, "contender": name} | json.loads(line[len("PHASES ") :]))
-    parts = []
-    for num_envs, (name, flags) in itertools.product(args.num_envs, contenders.items()):
-        if flags is None:
+    args, begin = tyro.cli(Args), time.perf_counter()
+    rows, notes = [], []
+    for i, (part, script, num_envs, name, function, *inputs) in itertools.product(
+        range(1, args.rounds + 1), plan(args)
+    ):
+        if i > 1 and part in ("phases", "at_once"):
             continue
-        rows = [row for row in phases if (row["num_envs"], row["contender"]) == (num_envs, name)]
-        seconds = {phase: median(row[phase] for row in rows) for phase in list(rows[0])[2:]}
-        steps, total = num_envs * args.num_steps, sum(seconds.values())
-        row = {"environments": str(num_envs), "script": name}
-        for phase in ("environment", "acting", "update"):
-            row[f"{phase} only, steps/s"] = f"{steps / seconds[phase]:,.0f}"
-        row |= {"all, steps/s": f"{steps / total:,.0f}"}
-        parts.append(row | {phase: f"{value / total:.2%}" for phase, value in seconds.items()})
-
-    text = f"{markdown(totals)}\n\n{markdown(parts)}\n\n"
-    for num_envs in args.num_envs:
-        text += f"{num_envs} environments alone, random actions: {environment_only(args, num_envs):,.0f} steps/s.\n"
-    text += f"""
-{args.env_id}, easy, 200 levels (CleanRL: all levels), {args.num_steps} steps per rollout, 8 minibatches, 3 epochs.
-{cpu_name()}, {torch.get_num_threads()} torch threads; {gpu}; PyTorch {torch.__version__}.
-First table: medians of {args.rounds} runs of {args.iterations} iterations after one of warm-up, in turns; wall clock,
-with logging, without evaluation. Second table: our script with clocks between its phases, medians of {args.iterations}
-iterations: steps per second as if that phase were all, then each phase's share of the time.
-"""
-    if wrapper_shares:
-        text += f"Stand-ins for gym 0.23's wrappers: {max(wrapper_shares):.2%} of CleanRL's time at most.\n"
-    print(text)
-    if args.out:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "throughput.md").write_text(text)
-        write_csv(args.out / "throughput.csv", rounds)
-        write_csv(args.out / "phases.csv", phases)
+        about = f"{part}, {script}, {num_envs} environments, {name}, round {i}"
+        if (left := args.limit - (time.perf_counter() - begin)) <= 0:
+            notes.append(f"{about}: left out, --limit {args.limit:g} seconds were over")
+            continue
+        try:
+            row = dict.fromkeys(COLUMNS, "") | {"part": part, "script": script, "num_envs": num_envs, "contender": name}
+            row |= {"round": i} | function(*inputs, *([] if part == "environment" else [left]))
+            rows.append(row)
+            print(f"{about}: {row['steps_per_second']:,.0f} steps/s", file=sys.stderr, flush=True)
+        except Exception as error:
+            notes.append(f"{about} failed: {(str(error) or repr(error)).splitlines()[0]}")
+            print(f"{about} failed: {error}", file=sys.stderr, flush=True)
+        if args.out and rows:
+            args.out.mkdir(parents=True, exist_ok=True)
+            (args.out / "throughput.md").write_text(report(args, rows, notes))
+            write_csv(args.out / "throughput.csv", rows)
+            plot(args, rows, args.out / "throughput.png")
+    print(report(args, rows, notes))
 
 
 if __name__ == "__main__":
