@@ -1,5 +1,7 @@
 """What both scripts promise alike."""
 
+import gzip
+import json
 import re
 
 import gymnasium as gym
@@ -36,23 +38,35 @@ WATCHED = {
 }
 
 
-def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_threads_and_hash_seed(
+def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_profile_threads_and_hash_seed(
     script, finished_run, tmp_path
 ):
     (tmp_path / "wandb.py").write_text("def init(**options): print('tracked', options['name'])")
-    flags = f"{TINY[script.__name__]} {WATCHED[script]} --capture-video --checkpoint-interval 1 --track"
+    flags = f"{TINY[script.__name__]} {WATCHED[script]} --capture-video --checkpoint-interval 1 --track --profile"
     again = train(script, flags, tmp_path / "again", PYTHONHASHSEED="4", PYTHONPATH=str(tmp_path))
     assert "tracked again" in again["stdout"]
     assert again["fingerprint"] == result_of(finished_run(script))["fingerprint"]
     assert_same_rows(finished_run(script) / "progress.csv", tmp_path / "again/progress.csv")
-    evaluations = rows(tmp_path / "again/evaluations.csv")
-    videos = sorted((tmp_path / "again/videos").rglob("*.gif"))
+    run_dir = tmp_path / "again"
+    evaluations = rows(run_dir / "evaluations.csv")
+    videos = sorted((run_dir / "videos").rglob("*.gif"))
     per_evaluation, size = (1, (256, 256)) if script is ppo_plr_procgen else (12, (120, 120))
     assert len(evaluations) > 1 and len(videos) == per_evaluation * len(evaluations)
     with Image.open(videos[-1]) as video:
         assert video.n_frames > 5 and video.size == size
         frames = [np.asarray(video.convert("RGB")) for _ in (video.seek(i) for i in range(video.n_frames))]
     assert not np.array_equal(frames[0], frames[-1])
+    # the profile: seconds and shares of phases, which are also ranges of the trace, of the last iteration only
+    parts = re.findall(r"(\w+) ([\d.e-]+) s \(([\d.]+)%\)", again["stdout"])
+    phases = {"environment", "inference", "transfer", "sampler", "update", "rest"}
+    assert {name for name, *_ in parts} == phases
+    total, seconds = sum(float(x) for _, x, _ in parts), [row["wall_seconds"] for row in rows(run_dir / "progress.csv")]
+    assert 0 < total < seconds[-1] - seconds[0]  # of neither the first iteration nor the last
+    assert all(abs(float(share) - 100 * float(x) / total) < 0.06 for _, x, share in parts)
+    with gzip.open(run_dir / "trace_0.json.gz") as file:
+        names = [x["name"] for x in json.load(file)["traceEvents"] if x.get("cat") == "user_annotation"]
+    assert phases <= set(names) and names.count("update") == 1  # one iteration
+    assert names.count("inference") == int(re.search(r"--num-steps (\d+)", flags)[1])
 
 
 @pytest.mark.parametrize("kind", ["a finished", "an unfinished"])
@@ -126,7 +140,8 @@ BAD = {
         "--num-minibatches 16384": "must be a divisor of --num-envs x --num-steps = 16384 and less than that",
         "--update-epochs 0": "--update-epochs 0 must be at least 1",
         "--eval-episodes 0": "--eval-episodes 0 must be at least 1",
-        "--total-timesteps 16383": "--total-timesteps 16383 must be at least --num-envs x --num-steps = 16384",
+        "--total-timesteps 16383": "--total-timesteps 16383 must be at least 16384: --num-envs x --num-steps",
+        "--profile --total-timesteps 40000": "--total-timesteps 40000 must be at least 49152: --num-envs x --num-steps",
         "--learning-rate nan": "--learning-rate nan must be above 0",
         "--gamma 1.5": "--gamma 1.5 must be between 0 and 1",
         "--temperature 0": "--temperature 0.0 must be above 0",
@@ -154,6 +169,7 @@ BAD = {
         "--num-steps 249 --bootstrap-timeouts": "must be at least 250, the time limit: max_mc needs whole",
         "--env-id MiniGrid-LavaCrossingS9N1-v0": "--num-steps 256 must be at least 324, the time limit",
         "--curriculum dr --total-timesteps 8191": "--total-timesteps 8191 must be at least 8192: --num-envs x",
+        "--curriculum dr --profile --total-timesteps 20000": "must be at least 24576: --num-envs x --num-steps",
         "--total-timesteps 500000": "must be at least 524288: robust_plr learns nothing before the buffer holds --rho",
         "--replay-prob 0": "--replay-prob 0.0 must be above 0: robust_plr learns from replayed levels only",
         "--env-id Broken-v0": "--env-id Broken-v0 must be maze or a registered MiniGrid environment: AssertionError()",
