@@ -116,7 +116,6 @@ class Args:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: twice as fast on GPUs, CPUs with AMX or AVX512-BF16
     compile: bool = False  # torch.compile the network
     profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
-
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
     num_iterations: int = field(init=False)
@@ -402,9 +401,12 @@ def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # compiled kernels are not chosen by timing them
     # cuDNN would use TF32 by default: fp32 means fp32 here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     cuda = args.cuda and torch.cuda.is_available()
+    if args.torch_deterministic and args.compile and cuda:  # else its max pooling would add gradients in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
         store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
@@ -615,7 +617,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     while iteration < args.num_iterations and not stopping:
         iteration += 1
         iteration_start = time.time()
-        phase("rest")
         last = iteration == args.num_iterations
         if args.profile and last:
             shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
@@ -669,9 +670,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         ends = torch.from_numpy(ended).float()
         next_values, values = values[1:] * (1 - ends), values[:-1]
         deltas = rewards + args.gamma * next_values - values
-        advantages, lastgaelam = torch.zeros_like(rewards), 0.0
+        advantages, lastgaelam, decay = torch.zeros_like(rewards), 0.0, args.gamma * args.gae_lambda * (1 - ends)
         for t in reversed(range(args.num_steps)):
-            advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
+            advantages[t] = lastgaelam = deltas[t] + decay[t] * lastgaelam
         returns = advantages + values
         require_finite(advantages, "an advantage")
 

@@ -142,7 +142,6 @@ class Args:
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 pays on GPUs and on CPUs with AMX or AVX512-BF16
     compile: bool = False  # torch.compile the mazes' step and the network's
     profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
-
     batch_size: int = field(init=False)
     num_iterations: int = field(init=False)
 
@@ -179,8 +178,7 @@ def check_args(args: Args) -> None:
     require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
     parts = f"a divisor of --num-envs {args.num_envs}" + f" / {WORLD} processes" * (WORLD > 1)
     require("num_minibatches", lambda x: args.num_envs // WORLD % x == 0, parts)
-    first, why = args.batch_size, "--num-envs x --num-steps is one iteration, and --profile needs three"
-    first *= 3 if args.profile else 1
+    first, why = args.batch_size * (3 if args.profile else 1), "--num-envs x --num-steps, three times with --profile"
     if args.curriculum == "robust_plr":
         require("replay_prob", lambda x: x > 0, "above 0: robust_plr learns from replayed levels only")
         fill = math.ceil(args.rho * args.buffer_size)
@@ -338,12 +336,8 @@ def maze_step(
 
 class MazeEnvs(gym.vector.VectorEnv):
     """N mazes stepped at once on any device: a Gymnasium VectorEnv of tensors, without autoreset. Equal to MiniGridEnvs
-    with agent_view_size=5 and see_through_walls=True. actions (N,) int64, rewards (N,) float32.
-
-        obs, infos = envs.reset(seed=levels, options={"reset_mask": done})   # env i starts levels[i] where done[i]
-        obs, infos = envs.reset(options={"mazes": mazes})                    # or these mazes
-        obs, rewards, terminations, truncations, infos = envs.step(actions)
-    """
+    with agent_view_size=5 and see_through_walls=True. `reset` starts seed[i], or options["mazes"][i], in environment i
+    where options["reset_mask"][i]. actions (N,) int64, rewards (N,) float32."""
 
     def __init__(
         self, num_envs: int, device: torch.device, size: int = 15, max_steps: int = 250,
@@ -379,7 +373,7 @@ class MazeEnvs(gym.vector.VectorEnv):
         cells[:, border:-border, border:-border][~mazes.walls] = EMPTY
         cells[rows, border + mazes.goal[:, 0], border + mazes.goal[:, 1]] = GOAL
         agent = (border + mazes.agent[:, 0]) * self.width + border + mazes.agent[:, 1]
-        return [torch.from_numpy(x).to(self.device) for x in (cells.reshape(-1, self.width**2), agent, mazes.direction)]
+        return [torch.from_numpy(x) for x in (cells.reshape(-1, self.width**2), agent, mazes.direction)]
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         options = options or {}
@@ -396,7 +390,7 @@ class MazeEnvs(gym.vector.VectorEnv):
                 self.known |= zip(new, zip(*self.encode(self.generate(np.array(new)))))
             start = [torch.stack(x) for x in zip(*map(self.known.get, levels))]
             start = start or self.encode(self.generate(rows))  # of no environment at all
-        rows = torch.from_numpy(rows).to(self.device)
+        start, rows = [x.to(self.device) for x in start], torch.from_numpy(rows).to(self.device)
         self.cells[rows], self.position[rows], self.steps[rows] = start[0], start[1] + rows * self.width**2, 0
         self.direction = self.direction.index_copy(0, rows, start[2])  # not in place: `step` has given it away
         image = maze_view(self.cells, self.position, self.direction, self.tables[2])
@@ -441,11 +435,10 @@ class TensorEnvs(gym.vector.VectorWrapper):
         return self.env.envs[0].unwrapped.get_frame(highlight=False, tile_size=8)
 
 
-def make_minigrid(env_id: str, num_envs: int, device: torch.device, see_like_mazes: bool = False) -> TensorEnvs:
+def make_minigrid(env_id: str, num_envs: int, device: torch.device, like_mazes: bool = False) -> TensorEnvs:
     off = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    view = {"agent_view_size": VIEW} if see_like_mazes else {}
-    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, **view)
-    if see_like_mazes:
+    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, **{"agent_view_size": VIEW} if like_mazes else {})
+    if like_mazes:
         envs.set_attr("see_through_walls", True)
     return TensorEnvs(envs, device)
 
@@ -515,6 +508,7 @@ class Agent(nn.Module):
             for x in (lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0):
                 i, f, g, o = x.chunk(4)
                 weights.append(torch.cat((i, f, o, g)).t().contiguous())
+            weights = [x.bfloat16() for x in weights] if self.bf16 else weights  # what `act` does in autocast
             first, second = zip(self.actor[::2], self.critic[::2])
             for layers, join in ((first, torch.cat), (second, lambda x: torch.block_diag(*x))):
                 weights += [join([x.weight for x in layers]).t().contiguous(), torch.cat([x.bias for x in layers])]
@@ -559,11 +553,11 @@ class Agent(nn.Module):
 
 
 def level_metrics(args: Args, sampler: LevelSampler, levels: np.ndarray, replay: bool) -> dict[str, float]:
-    """Quantiles of the buffer's scores; for mazes, what the levels of this rollout (T, N) are like, by kind."""
+    """Quantiles of the buffer's scores; for mazes, what 1024 of the rollout's levels (T, N) are like, by kind."""
     scores = sampler.scores[sampler.seen]
     metrics = {f"score_q{q}": float(np.percentile(scores, q)) if len(scores) else 0.0 for q in (10, 50, 90)}
     if args.env_id == "maze":
-        mazes = random_mazes(np.unique(levels), args.maze_size, args.num_walls, args.vary_num_walls)
+        mazes = random_mazes(np.unique(levels)[:1024], args.maze_size, args.num_walls, args.vary_num_walls)
         paths = shortest_paths(mazes)
         solvable = paths > 0
         for name, x in (("walls", mazes.walls.sum((1, 2))), ("shortest_path", paths[solvable]), ("solvable", solvable)):
@@ -605,7 +599,7 @@ def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[
         size = mazes.walls.shape[1] + 2
         yield name, MazeEnvs(n, device, size, 2 * size**2), {"options": {"mazes": mazes}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
-        yield name, make_minigrid(f"MiniGrid-{name}-v0", n, device, see_like_mazes=True), levels
+        yield name, make_minigrid(f"MiniGrid-{name}-v0", n, device, like_mazes=True), levels
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
@@ -624,8 +618,7 @@ def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None 
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates, quarter = np.sort(list(solved.values())), len(solved) // 4
     result = {"solved_mean": float(rates.mean()), "solved_iqm": float(rates[quarter : len(rates) - quarter].mean())}
-    result |= {"return_mean": float(np.mean(list(returns.values())))}
-    result |= {f"solved_{name}": rate for name, rate in solved.items()}
+    result |= {"return_mean": float(np.mean(list(returns.values())))} | {f"solved_{k}": x for k, x in solved.items()}
     result |= {f"return_{name}": float(x.mean()) for name, x in returns.items()}
     return result | {"episodes": {name: x.tolist() for name, x in returns.items()}}
 
@@ -707,7 +700,8 @@ def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")  # without, cuDNN's LSTM does not repeat bit for bit
+    # without these, cuDNN's LSTM and compiled kernels need not repeat bit for bit
+    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:2", "TORCHINDUCTOR_DETERMINISTIC": "1"} | os.environ
     # cuDNN would use TF32 by default: fp32 means fp32 here
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
     cuda = args.cuda and torch.cuda.is_available()
@@ -901,7 +895,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     while iteration < args.num_iterations and not stopping:
         iteration += 1
         iteration_start = time.time()
-        phase("rest")
         last = iteration == args.num_iterations
         if args.profile and last:
             shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
@@ -928,10 +921,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             images[step], directions[step] = next_obs["image"], next_obs["direction"]
             dones[step], levels[step] = next_done, next_levels
             noise = clocks.exponential_()[here]
-            action, own_values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
-            actions[step] = action
+            actions[step], own_values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
             phase("environment")
-            next_obs, reward, terminations, truncations, _ = envs.step(action)
+            next_obs, reward, terminations, truncations, _ = envs.step(actions[step])
             own_rewards[step] = reward
             phase("transfer")
             transfer = share(torch.stack((reward, (terminations | truncations).float()))).cpu().numpy()  # one per step
@@ -965,9 +957,9 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         rewards, values = share(rollout).cpu()
         rewards, next_values, values = rewards[:-1], values[1:] * (1 - ends), values[:-1]
         deltas = rewards + args.gamma * next_values - values
-        advantages, lastgaelam = torch.zeros_like(rewards), 0.0
+        advantages, lastgaelam, decay = torch.zeros_like(rewards), 0.0, args.gamma * args.gae_lambda * (1 - ends)
         for t in reversed(range(args.num_steps)):
-            advantages[t] = lastgaelam = deltas[t] + args.gamma * args.gae_lambda * (1 - ends[t]) * lastgaelam
+            advantages[t] = lastgaelam = deltas[t] + decay[t] * lastgaelam
         returns = advantages + values
         require_finite(advantages, "an advantage")
 
@@ -998,8 +990,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         # Robust PLR learns nothing from new levels, so nothing is computed for them.
         learn = replay or args.curriculum != "robust_plr"
         losses, updates, M = torch.zeros(7, device=device), 0, args.num_minibatches  # summed, read once
-        if learn:
-            advantages, returns, values = torch.stack((advantages, returns, values)).to(device)
+        advantages, returns, values = torch.stack((advantages, returns, values)).to(device)
         for _epoch in range(args.update_epochs if learn else 0):
             # of every M environments in a row, each minibatch gets one: equally many of each rank
             for mb_envs in (torch.rand(N // M, M).argsort(dim=1) + torch.arange(0, N, M)[:, None]).T:
@@ -1035,7 +1026,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
                     updates += 1
             if args.target_kl is not None and share(approx_kl[None]).sum() > args.target_kl:
                 break
-
         totals["gradient_updates"] += updates
         totals["untrained_steps"] += 0 if learn else args.batch_size
 

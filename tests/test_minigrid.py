@@ -239,7 +239,7 @@ def test_compiled_mazes_equal_eager_ones():
 
 @pytest.mark.parametrize("env_id, view", [("MiniGrid-MultiRoom-N4-S5-v0", 7), ("MiniGrid-FourRooms-v0", 5)])
 def test_registered_environments_play_the_level_that_is_their_seed(env_id, view):
-    envs = script.make_minigrid(env_id, 3, CPU, see_like_mazes=view == 5)
+    envs = script.make_minigrid(env_id, 3, CPU, like_mazes=view == 5)
     rng, starts = np.random.default_rng(0), {}
     for levels in ([3, 4, 5], [4, 3, 3]):
         obs, _ = envs.reset(seed=levels)
