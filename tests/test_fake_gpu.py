@@ -13,6 +13,12 @@ from torch.overrides import TorchFunctionMode
 import ppo_plr_procgen
 import ppo_robust_plr_minigrid
 
+pytestmark = [
+    pytest.mark.skipif(
+        torch.backends.cuda.is_built(), reason="PyTorch with CUDA asks the driver even for a fake tensor"
+    ),
+    pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN"),
+]
 FLAGS = {
     ppo_plr_procgen: "--env-id fruitbot --num-envs 4 --num-steps 8 --num-minibatches 2 --update-epochs 1"
     " --total-timesteps 96 --num-levels 3 --eval-episodes 1",
@@ -120,7 +126,6 @@ def train_on_it(script, monkeypatch, tmp_path, flags=""):
     return written
 
 
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 @pytest.mark.parametrize("more", [False, True])
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_a_run_on_a_gpu_mixes_no_devices(more, script, fake_gpu, monkeypatch, tmp_path, capsys):
@@ -134,7 +139,6 @@ def test_a_run_on_a_gpu_mixes_no_devices(more, script, fake_gpu, monkeypatch, tm
     )
 
 
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.__name__)
 def test_what_mixes_devices_is_seen(script, fake_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(torch.Tensor, "cpu", lambda x: x)  # a copy to the CPU left out
@@ -144,7 +148,6 @@ def test_what_mixes_devices_is_seen(script, fake_gpu, monkeypatch, tmp_path, cap
     monkeypatch.undo()
 
 
-@pytest.mark.filterwarnings("ignore:PyTorch was compiled without cuDNN")
 def test_an_observation_left_on_the_cpu_is_seen(fake_gpu, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(ppo_plr_procgen, "to_device", lambda x, device: torch.from_numpy(x))
     with pytest.raises(SystemExit):
