@@ -541,7 +541,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
             running.close()  # and with it the phase before
             start = time.perf_counter()
             running.callback(lambda: spent.update({name: time.perf_counter() - start}))
-            running.enter_context(torch.profiler.record_function(name))
+            if last:  # and traced: a range costs some 15 us
+                running.enter_context(torch.profiler.record_function(name))
 
     def log(path: Path, row: dict[str, Any]) -> None:
         """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
@@ -616,8 +617,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
 
     while iteration < args.num_iterations and not stopping:
         iteration += 1
-        iteration_start = time.time()
-        last = iteration == args.num_iterations
+        iteration_start, last = time.time(), iteration == args.num_iterations
         if args.profile and last:
             shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
             print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)

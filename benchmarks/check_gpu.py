@@ -283,7 +283,8 @@ def same_acting(script: ModuleType, args: Args, precision: str, compile: bool) -
 def start(script: str, flags: str, log: Path, **env: str) -> subprocess.Popen:
     """The script as a user starts it: what it set in this process's environment, it has to set again."""
     env = {"OMP_NUM_THREADS": "1"} | os.environ | env
-    env.pop("CUBLAS_WORKSPACE_CONFIG", None)
+    for name in ("CUBLAS_WORKSPACE_CONFIG", "TORCHINDUCTOR_DETERMINISTIC"):
+        env.pop(name, None)
     with open(log, "w") as file:
         command = [sys.executable, "-c", START, script, *flags.split()]
         return subprocess.Popen(command, cwd=ROOT, env=env, stdout=file, stderr=file)

@@ -362,6 +362,7 @@ def plot(args: Args, rows: list[dict], path: Path) -> None:
         for label, points in curves.items():
             right.plot(*zip(*sorted(points)), marker="o", label=label)
         right.set(xscale="log", yscale="log", xlabel="environments", title="steps/s by number of environments")
+        right.set_visible(any(len(points) > 1 for points in curves.values()))
         if curves:
             right.legend(fontsize=8)
     figure.tight_layout()
