@@ -29,8 +29,8 @@ RUNS = ROOT / "benchmarks" / "results" / "runs"
 MAX_ROWS = 200
 # flags that do not make a run another experiment, or that a copy's name and the report's tables say in another way
 NO_SETTINGS = set("exp_name seed torch_deterministic cuda track run_dir checkpoint_interval resume env_threads".split())
-NO_SETTINGS |= set("env_id total_timesteps curriculum eval_interval eval_episodes capture_video evaluate profile".split())
-NO_SETTINGS |= set("batch_size minibatch_size num_iterations".split())
+NO_SETTINGS |= set("env_id total_timesteps curriculum eval_interval eval_episodes capture_video evaluate".split())
+NO_SETTINGS |= set("batch_size minibatch_size num_iterations profile".split())
 
 
 @dataclass
