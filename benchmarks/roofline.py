@@ -175,14 +175,16 @@ def count(name: str, precision: str, num_envs: int, steps: int) -> dict[str, Wor
 
     @contextlib.contextmanager
     def record_function(phase: str):  # what the script marks its phases with
-        if phase == "inference" and any(key[0] == "update" for key in counter.calls):
+        if phase == "rest" and any(key[0] == "update" for key in counter.calls):
             raise Enough
         counter.phase = phase
         yield
 
-    flags = settings(name, num_envs, steps) | {"update_epochs": 1, "cuda": False, "total_timesteps": 10**9}
+    flags = settings(name, num_envs, steps) | {"update_epochs": 1, "cuda": False}
+    flags["total_timesteps"] = 2 * num_envs * steps  # the last iteration is the one with ranges
     args = script.Args(**flags, precision="bf16" if precision == "bf16" else "fp32")
-    with tempfile.TemporaryDirectory() as folder, mock.patch("torch.profiler.record_function", record_function):
+    patches = {"record_function": record_function, "profile": mock.MagicMock()}
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple("torch.profiler", **patches):
         with contextlib.redirect_stdout(io.StringIO()), contextlib.suppress(Enough), counter:
             script.train(args, Path(folder), None)
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):

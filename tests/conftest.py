@@ -1,7 +1,10 @@
 import functools
+import os
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: each core has a test process already
 
 
 def pytest_addoption(parser):
