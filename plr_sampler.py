@@ -110,7 +110,7 @@ class LevelSampler:
         self.counts = dict.fromkeys("started completed dropped replayed new evicted rejected late".split(), 0)
         # Staleness counts the draws since a level's own last draw. Keeping the time of that draw makes a draw O(1).
         self._clock, self._drawn_at, self._next = 0, np.zeros(size, np.int64), 0  # _next: levels dealt, if sequential
-        self._staged: dict[int, tuple[int, float]] = {}  # new levels in play, not yet scored: (drawn at, best return)
+        self._staged, self._num_staged = dict[int, tuple[int, float]](), 0  # new, unscored: (which one, best return)
         self._tails = np.full((4, self.num_envs), -1.0)  # stitching: level, steps, sum and maximum of open tails
         self._open: dict[int, list] = {}  # `step`: environment -> (level, value, TD error, reward) of its steps so far
         self._index()
@@ -175,7 +175,7 @@ class LevelSampler:
         return p
 
     def staleness(self) -> ndarray:
-        """c - C of PLR's eq. 4, (L,) int64: how many draws ago each level was last drawn."""
+        """c - C of PLR's eq. 4, (L,) int64: how many draws (of the set's or the buffer's levels) ago each was drawn."""
         return self._clock - self._drawn_at
 
     def _score_weights(self) -> ndarray:
@@ -208,11 +208,10 @@ class LevelSampler:
     def _drawn(self, level: int, slot: int | None = None) -> int:
         """Marks a level as drawn now; one that the buffer does not hold is staged until its first score."""
         slot = self._slots(level) if slot is None else slot
-        self._clock += 1
         if slot >= 0:
-            self._drawn_at[slot] = self._clock
-        elif len(self.levels):
-            self._staged[level] = (self._clock, self._staged.get(level, (0, np.nan))[1])
+            self._clock, self._drawn_at[slot] = self._clock + 1, self._clock + 1
+        elif len(self.levels) and level not in self._staged:  # which ages no level of the buffer
+            self._staged[level], self._num_staged = (self._num_staged + 1, np.nan), self._num_staged + 1
         return level
 
     # ---- what was learned? -----------------------------------------------------------------------------------------
@@ -246,7 +245,7 @@ class LevelSampler:
             self._tails[:, env[tail]] = level_of[tail], steps[tail], sums[tail], maxima[tail]
         columns = env, level_of, steps, sums / steps, maxima, complete, np.full(len(ends), np.nan)
         tails = ~complete & (score_tails and not self.stitch_episodes)
-        order = np.concatenate((np.flatnonzero(complete), np.flatnonzero(tails)))
+        order = np.append(np.flatnonzero(complete), np.flatnonzero(tails))
         episodes = np.rec.fromarrays([x[order] for x in columns], EPISODE)
         self.update_scores(episodes.level, episodes.score)
         still = set(self.playing.tolist())  # forget new levels that were never scored and that nobody plays any more
@@ -300,7 +299,7 @@ class LevelSampler:
         self.seen[slots[slots >= 0]] = True
         self._index_seen()
         for level, score in new.items():  # take an empty slot, or that of the lowest replay probability
-            drawn_at, best_return = self._staged.pop(level)
+            which, best_return = self._staged.pop(level)
             slot = self.num_seen
             if slot == len(self.levels):
                 slot = self._lowest = int(self.weights().argmin()) if self._lowest is None else self._lowest
@@ -309,7 +308,8 @@ class LevelSampler:
                     continue
                 self.counts["evicted"] += 1
             self.levels[slot], self.scores[slot], self.seen[slot] = level, score, True
-            self._drawn_at[slot], self.best_return[slot] = drawn_at, best_return
+            # As stale as new levels were drawn since. A clock that these ran would make it the next one's victim.
+            self._drawn_at[slot], self.best_return[slot] = self._clock + which - self._num_staged, best_return
             self._index_seen()
         if not self.fixed:
             self._index()
@@ -378,7 +378,7 @@ class LevelSampler:
             "arrays": {name: getattr(self, name).copy() for name in self._ARRAYS},
             "staged": np.array([(level, *entry) for level, entry in self._staged.items()], float).reshape(-1, 3),
             "counts": dict(self.counts),
-            "clocks": [self._clock, self._oldest, self._next],
+            "clocks": [self._clock, self._oldest, self._next, self._num_staged],
             "rng": self.rng.bit_generator.state,
             **({"open": np.array([(i, *row) for i, rows in self._open.items() for row in rows])} if self._open else {}),
         }
@@ -394,7 +394,7 @@ class LevelSampler:
         self._index()
         self._staged = {int(level): (int(at), float(best)) for level, at, best in np.asarray(state["staged"])}
         self.counts = dict(state["counts"])
-        self._clock, self._oldest, self._next = state["clocks"]
+        self._clock, self._oldest, self._next, self._num_staged = state["clocks"]
         self.rng.bit_generator.state = state["rng"]
         rows = np.asarray(state.get("open", ())).tolist()
         self._open = {int(i): [row for j, *row in rows if i == j] for i in {i for i, *_ in rows}}

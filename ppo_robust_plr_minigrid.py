@@ -76,7 +76,7 @@ NAMED_MAZES = {name: np.array([list(row) for row in rows]) for name, rows in NAM
 
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
 SCORES = "max_mc positive_value_loss value_l1 gae one_step_td_error policy_entropy least_confidence min_margin".split()
-FORMAT = "ppo_robust_plr_minigrid 1"  # of checkpoint.pt
+FORMAT = "ppo_robust_plr_minigrid 2"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
 FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile resume evaluate".split()
 FIRST_TEST_LEVEL = 2**30  # levels (reset seeds) below are for training, those from here on for evaluation
@@ -435,12 +435,9 @@ class TensorEnvs(gym.vector.VectorWrapper):
         return self.env.envs[0].unwrapped.get_frame(highlight=False, tile_size=8)
 
 
-def make_minigrid(env_id: str, num_envs: int, device: torch.device, like_mazes: bool = False) -> TensorEnvs:
+def make_minigrid(env_id: str, num_envs: int, device: torch.device, **options: Any) -> TensorEnvs:
     off = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, **{"agent_view_size": VIEW} if like_mazes else {})
-    if like_mazes:
-        envs.set_attr("see_through_walls", True)
-    return TensorEnvs(envs, device)
+    return TensorEnvs(gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, **options), device)
 
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
@@ -490,6 +487,7 @@ class Agent(nn.Module):
         self.bf16, self.view = precision == "bf16", (h, w)
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
+        nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # no louder than the image, as dcd's linear layer
         self.lstm = nn.LSTM(16 * (h - 2) * (w - 2) + 5, 256)
         for name, parameter in self.lstm.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
@@ -553,14 +551,16 @@ class Agent(nn.Module):
 
 
 def level_metrics(args: Args, sampler: LevelSampler, levels: np.ndarray, replay: bool) -> dict[str, float]:
-    """Quantiles of the buffer's scores; for mazes, what 1024 of the rollout's levels (T, N) are like, by kind."""
+    """Quantiles of the buffer's scores; for mazes, what the levels (n,) of at most 1024 episodes are like, by kind."""
     scores = sampler.scores[sampler.seen]
     metrics = {f"score_q{q}": float(np.percentile(scores, q)) if len(scores) else 0.0 for q in (10, 50, 90)}
     if args.env_id == "maze":
-        mazes = random_mazes(np.unique(levels)[:1024], args.maze_size, args.num_walls, args.vary_num_walls)
-        paths = shortest_paths(mazes)
+        played, each = np.unique(levels[:1024], return_inverse=True)
+        each = each if replay else slice(None)  # a replayed level counts as often as it was drawn
+        mazes = random_mazes(played, args.maze_size, args.num_walls, args.vary_num_walls)
+        paths, walls = shortest_paths(mazes)[each], mazes.walls.sum((1, 2))[each]
         solvable = paths > 0
-        for name, x in (("walls", mazes.walls.sum((1, 2))), ("shortest_path", paths[solvable]), ("solvable", solvable)):
+        for name, x in (("walls", walls), ("shortest_path", paths[solvable]), ("solvable", solvable)):
             mean = float(x.mean()) if x.size else math.nan
             metrics |= {f"{name}_new": math.nan if replay else mean, f"{name}_replayed": mean if replay else math.nan}
     return metrics
@@ -599,7 +599,7 @@ def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[
         size = mazes.walls.shape[1] + 2
         yield name, MazeEnvs(n, device, size, 2 * size**2), {"options": {"mazes": mazes}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
-        yield name, make_minigrid(f"MiniGrid-{name}-v0", n, device, like_mazes=True), levels
+        yield name, make_minigrid(f"MiniGrid-{name}-v0", n, device, agent_view_size=VIEW), levels
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
@@ -719,16 +719,16 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cpu")
 
 
-def evaluate_run(args: Args, weights: dict[str, Tensor]) -> None:
+def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    run_dir, name = Path(args.evaluate), f"evaluation_{int(time.time())}"
+    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
     device = choose_device(args)
     agent = Agent(make_envs(args, 1, device), args.precision).to(device)
-    agent.load_state_dict(weights)
-    result = evaluate(agent, args, device, run_dir / "videos" / name if args.capture_video else None)
-    write_file(run_dir / f"{name}.json", result | {"args": asdict(args)})
+    agent.load_state_dict(checkpoint["agent"])
+    result = evaluate(agent, args, device, path.parent / "videos" / path.stem if args.capture_video else None)
+    write_file(path, result | checkpoint["totals"] | {"global_step": checkpoint["global_step"], "args": asdict(args)})
     print("\n".join(f"{key}: {value:.3f}" for key, value in result.items() if key.startswith("solved_")))
-    print(f"{args.eval_episodes} episodes in each environment, every one in {run_dir / name}.json")
+    print(f"{args.eval_episodes} episodes in each environment, every one in {path}")
 
 
 # ---- torchrun -------------------------------------------------------------------------------------------------------
@@ -764,7 +764,7 @@ def main() -> None:
         args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
     check_args(args)
     if args.evaluate:
-        return evaluate_run(args, checkpoint["agent"])
+        return evaluate_run(args, checkpoint)
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)
@@ -1033,7 +1033,7 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         losses = share(losses[:, None]).sum(-1) / max(updates, 1)
         require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
         phase("rest")
-        curriculum = sampler.metrics() | level_metrics(args, sampler, levels, replay)
+        curriculum = sampler.metrics() | level_metrics(args, sampler, levels[dones], replay)
         seconds = time.time() - iteration_start
         train_seconds += seconds
         names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")

@@ -239,13 +239,12 @@ def test_compiled_mazes_equal_eager_ones():
 
 @pytest.mark.parametrize("env_id, view", [("MiniGrid-MultiRoom-N4-S5-v0", 7), ("MiniGrid-FourRooms-v0", 5)])
 def test_registered_environments_play_the_level_that_is_their_seed(env_id, view):
-    envs = script.make_minigrid(env_id, 3, CPU, like_mazes=view == 5)
+    envs = script.make_minigrid(env_id, 3, CPU, agent_view_size=view)
     rng, starts = np.random.default_rng(0), {}
     for levels in ([3, 4, 5], [4, 3, 3]):
         obs, _ = envs.reset(seed=levels)
         for i, level in enumerate(levels):
             env = gym.make(env_id, agent_view_size=view).unwrapped
-            env.see_through_walls = view == 5 or env.see_through_walls
             expected, _ = env.reset(seed=level)
             assert (obs["image"][i].numpy() == expected["image"]).all() and obs["direction"][i] == expected["direction"]
             assert starts.setdefault(level, env.grid.encode().tobytes()) == env.grid.encode().tobytes()
@@ -510,14 +509,13 @@ def test_the_curriculum_equals_a_simulation(corridor, monkeypatch, tmp_path):
     monkeypatch.setattr(script.LevelSampler, "update", noisy)
     flags = f"{CORRIDOR} --total-timesteps {42 * 400} --update-epochs 1 --replay-prob 0.4 --rho 0.75 --temperature 0.7"
     main(monkeypatch, f"{flags} --staleness-coef 0.3 --run-dir {tmp_path}/run")
-    buffer, drawn, decisions, outcome, clock = {}, {}, [], {"evicted": 0, "rejected": 0}, 0
+    buffer, age, new, decisions, outcome = {}, {}, {}, [], {"evicted": 0, "rejected": 0}
 
     def weights():
         ranked = sorted(buffer, key=lambda level: -buffer[level])
         by_score = {level: (1 / rank) ** (1 / 0.7) for rank, level in enumerate(ranked, 1)}
-        by_age = {level: clock - drawn[level] for level in buffer}
-        total, ages = sum(by_score.values()), sum(by_age.values())
-        return {x: 0.7 * by_score[x] / total + 0.3 * (by_age[x] / ages if ages else 1 / len(buffer)) for x in buffer}
+        total, ages = sum(by_score.values()), sum(age[x] for x in buffer)
+        return {x: 0.7 * by_score[x] / total + 0.3 * (age[x] / ages if ages else 1 / len(buffer)) for x in buffer}
 
     for levels, step_scores, dones, _, draws in rollouts:
         replay = draws[0][0]
@@ -533,8 +531,10 @@ def test_the_curriculum_equals_a_simulation(corridor, monkeypatch, tmp_path):
             level = next(drawn_levels)[1] if replay or step == 0 else levels[0, i]  # a new level is played repeatedly
             assert step == 14 or level == levels[step, i]
             assert (level in buffer) == replay
-            clock += 1
-            drawn[int(level)] = clock
+            if replay:  # as in dcd: of the buffer, draws for replay alone make the others older,
+                age |= {x: age[x] + 1 for x in buffer} | {int(level): 0}
+            elif level not in new:
+                new[int(level)] = len(new)
         candidates = {}
         for i in range(3):
             begin = 0
@@ -551,7 +551,7 @@ def test_the_curriculum_equals_a_simulation(corridor, monkeypatch, tmp_path):
                     continue
                 del buffer[worst]
                 outcome["evicted"] += 1
-            buffer[level] = score
+            buffer[level], age[level] = score, len(new) - new[level] - 1  # and a new one enters by how many came since
     sampler = made[0]
     assert dict(zip(sampler.levels.tolist(), sampler.scores.tolist())) == pytest.approx(buffer)
     assert {key: sampler.counts[key] for key in outcome} == outcome and outcome["evicted"] > 10
@@ -734,7 +734,7 @@ def test_time_limits_of_the_evaluation():
     assert limits.pop("LargeCorridor") == limits.pop("PerfectMaze21") == 882 and set(limits.values()) == {450}
     assert [package.env.call("max_steps")[0] for _, package, _ in packages] == [484, 100]
     assert all(package.single_observation_space["image"].shape == (5, 5, 3) for _, package, _ in packages)
-    assert all(env.unwrapped.see_through_walls for _, package, _ in packages for env in package.env.envs)
+    assert not any(env.unwrapped.see_through_walls for _, package, _ in packages for env in package.env.envs)
 
 
 # ---- whole runs ------------------------------------------------------------------------------------------------------
