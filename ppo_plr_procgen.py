@@ -421,17 +421,17 @@ def choose_device(args: Args) -> torch.device:
     return torch.device("cpu")
 
 
-def evaluate_run(args: Args, weights: dict[str, Tensor]) -> None:
+def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    run_dir, name = Path(args.evaluate), f"evaluation_{int(time.time())}"
+    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
     device = choose_device(args)
     agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
-    agent.load_state_dict(weights)
-    result = evaluate(agent, args, device, run_dir / "videos" / f"{name}.gif" if args.capture_video else None)
-    write_file(run_dir / f"{name}.json", result | {"args": asdict(args)})
+    agent.load_state_dict(checkpoint["agent"])
+    result = evaluate(agent, args, device, path.parent / "videos" / f"{path.stem}.gif" if args.capture_video else None)
+    write_file(path, result | {"global_step": checkpoint["global_step"], "args": asdict(args)})
     for key in ("train_return", "test_return"):
         print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} levels, once each")
-    print(f"every episode: {run_dir / name}.json")
+    print(f"every episode: {path}")
 
 
 # ---- torchrun -------------------------------------------------------------------------------------------------------
@@ -467,7 +467,7 @@ def main() -> None:
         args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
     check_args(args)
     if args.evaluate:
-        return evaluate_run(args, checkpoint["agent"])
+        return evaluate_run(args, checkpoint)
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
     run_dir = make_run_dir(args)

@@ -9,7 +9,9 @@ rows, evenly spaced, and run.json: command, commit and machine of each start, fr
 goes on may be copied too, and again later: the copy says how far it is.
 """
 
+import csv
 import json
+import math
 import re
 import sys
 from dataclasses import dataclass
@@ -71,24 +73,26 @@ def read_starts(log: str) -> list[dict[str, str]]:
     return starts
 
 
-def thin(text: str) -> str:
-    """A csv file with at most MAX_ROWS of its rows, the first and the last among them; half a row at its end is cut."""
+def thin(text: str, most: float = MAX_ROWS) -> str:
+    """A csv file with at most so many of its rows, the first and the last among them; half a row at its end is cut."""
     header, *rows = text[: text.rfind("\n") + 1].splitlines(keepends=True) or [""]
-    if len(rows) > MAX_ROWS:
-        rows = [rows[round(i * (len(rows) - 1) / (MAX_ROWS - 1))] for i in range(MAX_ROWS)]
+    if len(rows) > most:
+        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
     return "".join([header, *rows])
 
 
+def rows_of(run_dir: Path) -> dict[str, tuple[str, ...]]:
+    """progress.csv by global_step, but for the times."""
+    file = run_dir / "progress.csv"
+    rows = csv.DictReader(thin(file.read_text(), math.inf).splitlines() if file.exists() else [])
+    times = ("wall_seconds", "SPS")
+    return {row["global_step"]: tuple(f"{key}={x}" for key, x in row.items() if key not in times) for row in rows}
+
+
 def same_run(run_dir: Path, target: Path) -> bool:
-    """Whether `target` holds nothing or an older copy of this run."""
-    if not (target / "args.json").exists():
-        return True
-    old, new = (json.loads((folder / "args.json").read_text()) for folder in (target, run_dir))
-    results = [folder / "result.json" for folder in (target, run_dir) if (folder / "result.json").exists()]
-    fingerprints = {json.loads(file.read_text())["fingerprint"] for file in results}
-    same_names = default_name(old | {"total_timesteps": 0}) == default_name(new | {"total_timesteps": 0})
-    longer = old["total_timesteps"] < new["total_timesteps"]
-    return same_names and (longer or len(fingerprints) < 2)
+    """Whether `target` holds nothing or an older copy of this run, also of when it was to be shorter: then all rows of
+    the copy are the run's."""
+    return not (target / "args.json").exists() or rows_of(target).items() <= rows_of(run_dir).items()
 
 
 def collect(run_dir: Path, results: Path, name: str = "", start: dict[str, str] | None = None, note: str = "") -> Path:
@@ -103,24 +107,31 @@ def collect(run_dir: Path, results: Path, name: str = "", start: dict[str, str] 
     target = results / (name or default_name(args))
     if not same_run(run_dir, target):
         refuse(f"--name must be another: {target} holds a different run than {run_dir}.")
+    files = {}
+    for file in sorted(run_dir.glob("*.json")):
+        paths = r'("(run_dir|evaluate|resume)": )"[^"]*"'
+        files[file.name] = re.sub(paths, rf'\1"{run_dir.resolve().name}"', file.read_text())
+    for file in ("progress.csv", "evaluations.csv"):
+        files[file] = thin((run_dir / file).read_text() if (run_dir / file).exists() else "")
+    files["run.json"] = json.dumps({"starts": starts} | ({"note": note} if note else {}), indent=2) + "\n"
     target.mkdir(parents=True, exist_ok=True)
-    if target.resolve() != run_dir.resolve():
-        for file in sorted(run_dir.glob("*.json")):
-            short = re.sub(
-                r'("(run_dir|evaluate|resume)": )"[^"]*"', rf'\1"{run_dir.resolve().name}"', file.read_text()
-            )
-            (target / file.name).write_text(short)
-        for file in ("progress.csv", "evaluations.csv"):
-            (target / file).write_text(thin((run_dir / file).read_text() if (run_dir / file).exists() else ""))
-    run = {"starts": starts} | ({"note": note} if note else {})
-    (target / "run.json").write_text(json.dumps(run, indent=2) + "\n")
+    for old in (*target.glob("*.json"), *target.glob("*.csv")):
+        old.unlink()
+    for file, text in files.items():
+        (target / file).write_text(text)
     return target
 
 
 def sweep(args: launch.Args, results: Path) -> None:
-    """launch.py's work, then copies of all its runs that are finished."""
+    """launch.py's work, then copies of all its runs that are finished. Refuses before it, if a copy would replace a run
+    of another folder: a run of the same name, as of the same flags on another machine."""
+    for job in [] if args.table else launch.plan(args):
+        script = ppo_robust_plr_minigrid if "minigrid" in args.command else ppo_plr_procgen
+        target = results / default_name(vars(tyro.cli(script.Args, args=job.start[len(job.script) :])))
+        if not same_run(job.run_dir, target):
+            refuse(f"--results {results} must be another folder: {target.name} in it is of another training.")
     complete = launch.sweep(args)
-    if not args.dry_run:
+    if not args.dry_run and not args.table:
         finished = [path.parent for path in sorted(args.out.glob("*/result.json"))]
         copies = [collect(run_dir, results) for run_dir in finished]
         print(f"{len(copies)} finished runs are in {results}. Their tables: python benchmarks/report.py")

@@ -72,17 +72,18 @@ def iqm(values: np.ndarray) -> float:
     return stats.trim_mean(np.ravel(values), 0.25)
 
 
-def bootstrap_interval(strata: list[np.ndarray], resamples: int = 5000) -> tuple[float, float]:
+def bootstrap_interval(strata: list[np.ndarray], paired: bool = False, resamples: int = 5000) -> tuple[float, float]:
     """95 % percentile interval of the IQM over all strata (games, mazes), each an array (runs,). Runs are drawn again
-    within each stratum, with replacement (Agarwal et al. 2021). (nan, nan) if a stratum has a single run."""
-    if min(map(len, strata)) < 2:
+    with replacement: within each stratum (Agarwal et al. 2021), or `paired`, where a run is in every stratum (a policy
+    plays all mazes), the same ones in all. (nan, nan) from fewer than five runs: too few to say."""
+    if min(map(len, strata)) < 5:
         return np.nan, np.nan
 
     def statistic(*drawn: np.ndarray, axis: int) -> np.ndarray:
         return stats.trim_mean(np.concatenate(drawn, axis), 0.25, axis)
 
     rng = np.random.default_rng(0)
-    result = stats.bootstrap(strata, statistic, n_resamples=resamples, method="percentile", rng=rng)
+    result = stats.bootstrap(strata, statistic, n_resamples=resamples, method="percentile", paired=paired, rng=rng)
     return tuple(result.confidence_interval)
 
 
@@ -107,8 +108,7 @@ class Run:
     updates: float
     evaluation: dict[str, Any]
     episodes: int
-    pace: float  # steps per second
-    variant: str = ""  # as the tables call it
+    variant: str  # as the tables call it
 
     def __getitem__(self, flag: str) -> Any:
         return self.args[flag]
@@ -126,27 +126,29 @@ def read_csv(path: Path) -> dict[str, np.ndarray]:
 
 
 def read_run(run_dir: Path) -> Run:
-    args, result = json.loads((run_dir / "args.json").read_text()), run_dir / "result.json"
-    started = json.loads((run_dir / "run.json").read_text()) if (run_dir / "run.json").exists() else {}
-    progress, evaluations = read_csv(run_dir / "progress.csv"), read_csv(run_dir / "evaluations.csv")
-    at = {key: column[-1] for key, column in evaluations.items()}
-    evaluation, episodes = at, args["eval_episodes"]
-    if result.exists():
-        at = json.loads(result.read_text())
-        evaluation = at["evaluation"]
-        for file in sorted(run_dir.glob("evaluation_*.json")):  # what --evaluate wrote later
-            later = json.loads(file.read_text())
-            same_checkpoint = later["args"]["total_timesteps"] == args["total_timesteps"]
-            if same_checkpoint and settings(later["args"]) == settings(args):
-                evaluation, episodes = later, later["args"]["eval_episodes"]
-    pace = at.get("steps_per_second") or (1 / np.mean(1 / progress["SPS"]) if progress else np.nan)
-    run = Run(
-        run_dir.resolve().name, args, started, progress, evaluations, result.exists(), int(at.get("global_step", 0)),
-        at.get("gradient_updates", np.nan), evaluation, episodes, pace,
-    )  # fmt: skip
+    try:
+        args = json.loads((run_dir / "args.json").read_text())
+        progress, evaluations = read_csv(run_dir / "progress.csv"), read_csv(run_dir / "evaluations.csv")
+        started, result = (
+            json.loads((run_dir / name).read_text()) if (run_dir / name).exists() else {}
+            for name in ("run.json", "result.json")
+        )
+        found = [{key: column[-1] for key, column in evaluations.items()} | {"episodes": args["eval_episodes"]}]
+        if result:
+            found = [result["evaluation"] | result | {"episodes": args["eval_episodes"]}]
+        for later in (json.loads(file.read_text()) for file in run_dir.glob("evaluation_*.json")):  # by --evaluate
+            if settings(later["args"]) == settings(args):  # earlier scripts did not write at which step
+                then = {key: result[key] for key in ("global_step", "gradient_updates") if key in result}
+                found.append(then | later | {"episodes": later["args"]["eval_episodes"]})
+    except (OSError, ValueError, KeyError) as error:
+        refuse(f"RUN-DIRS {run_dir} has a file that cannot be read: {error!r}.")
+    last = max(found, key=lambda x: (x.get("global_step", 0), x["episodes"]))
     others = {key: value for key, value in settings(args).items() if key not in ("precision", "compile")}
-    run.variant = ", ".join([NAMES[args["curriculum"]], *(f"{key} {value}" for key, value in others.items())])
-    return run
+    return Run(
+        run_dir.resolve().name, args, started, progress, evaluations, bool(result), int(last.get("global_step", 0)),
+        last.get("gradient_updates", np.nan), last if "global_step" in last else {}, last["episodes"],
+        ", ".join([NAMES[args["curriculum"]], *(f"{key} {value}" for key, value in others.items())]),
+    )  # fmt: skip
 
 
 def read_paper(file: str) -> dict[tuple[str, str], dict[str, Any]]:
@@ -158,6 +160,10 @@ def read_paper(file: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 
 PROCGEN, MAZES = read_paper("procgen_easy.csv"), read_paper("mazes_25_blocks.csv")
+for row in MAZES.values():
+    row["rates"] = np.array([row.pop(f"run_{i}") for i in range(1, 11)])  # (runs,) share of episodes solved
+    row["runs"] = len(row["rates"])
+SEVEN = list(dict.fromkeys(maze for maze, _ in MAZES))
 PUBLISHED = {"Procgen": PROCGEN["maze", "plr"], "Mazes": MAZES["Maze", "plr"]}  # runs, steps, episodes: as in all rows
 
 
@@ -182,9 +188,13 @@ class Section(NamedTuple):
 
     @property
     def evaluated(self) -> dict[str, list[Run]]:
-        """Of each variant the runs with an evaluation, where there is one."""
-        found = {name: [run for run in runs if run.evaluation] for name, runs in self.variants.items()}
-        return {name: runs for name, runs in found.items() if runs}
+        """Of each variant the finished runs, or, where none is, those that have been evaluated."""
+        found = {}
+        for name, runs in self.variants.items():
+            finished = [run for run in runs if run.finished]
+            if members := finished or [run for run in runs if run.evaluation]:
+                found[name] = members
+        return found
 
     @property
     def published(self) -> dict[str, str]:
@@ -199,12 +209,38 @@ class Section(NamedTuple):
         return list(dict.fromkeys([*self.published, *self.evaluated]))
 
     @property
+    def code(self) -> str:
+        """A sentence on what made the runs, for they may not all be of one precision and commit."""
+        made: dict[str, list[str]] = {}
+        for run in self.runs:
+            commits = dict.fromkeys(start.get("commit", "unknown") for start in run.started.get("starts", [{}]))
+            made.setdefault(
+                f"{run['precision']}{', compiled' * run['compile']}, code of {' and '.join(commits)}", []
+            ).append(run.variant if len(self.variants) > 1 else "")
+        if len(made) == 1:
+            return f"All in {next(iter(made))}."
+        return "; ".join(f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in made.items()) + "."
+
+    @property
     def is_as_long_as_published(self) -> bool:
         return bool(self.published) and millions(PUBLISHED[self.kind]["steps"]) == self.length
 
 
 def sections(runs: list[Run]) -> list[Section]:
     """The longest first. Robust PLR with as many gradient updates stands with the runs that have half its steps."""
+    seeds: dict[Any, list[Run]] = {}
+    for run in runs:
+        seeds.setdefault(
+            (run.kind, millions(run["total_timesteps"]), run.variant, run["env_id"], run["seed"]), []
+        ).append(run)
+    for same in seeds.values():
+        how = [f"{run['precision']}{', compiled' * run['compile']}" for run in same]
+        if len(set(how)) < len(same):
+            refuse(
+                f"RUN-DIRS {' and '.join(run.name for run in same)} are one experiment with the same seed: choose one."
+            )
+        for run, words in zip(same, how if len(same) > 1 else ()):
+            run.variant += f", {words}"
     baselines = {(run.kind, run["total_timesteps"]) for run in runs if run["curriculum"] != "robust_plr"}
     grouped: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -241,7 +277,9 @@ def short_of(runs: list[Run], kind: str, n: int | None = None) -> str:
     """What the cell of a number says of its n runs (default: all of `runs`), as " (1 run, 2M steps)": where they fall
     short of the published number's runs, steps and episodes."""
     n = len(runs) if n is None else n
-    published, parts = PUBLISHED.get(kind, {"runs": np.inf, "steps": np.inf, "episodes": 0}), []
+    published, parts = PUBLISHED.get(kind, {}), []
+    if not published or any(run.args.get("distribution_mode", "easy") != "easy" for run in runs):
+        published = {"runs": np.inf, "steps": np.inf, "episodes": 0}
     reached = list(dict.fromkeys(millions(steps) for steps in sorted(run.steps for run in runs)))
     if n < published["runs"]:
         parts.append(f"{n} run{'s' * (n > 1)}")
@@ -254,41 +292,52 @@ def short_of(runs: list[Run], kind: str, n: int | None = None) -> str:
     return f" ({', '.join(parts)})" if parts else ""
 
 
-def cell(values: list[float], runs: list[Run], section: Section, digits: int, error: bool = False) -> str:
-    """Mean ± standard deviation over runs (ddof 0, as in the PLR paper); `error`: standard error (ddof 1)."""
+def cell(
+    values: list[float], runs: list[Run], section: Section, digits: int, error: bool = False, of_episodes: float = 0
+) -> str:
+    """Mean ± standard deviation over runs (ddof 0, as in the PLR paper); `error`: standard error (ddof 1). Of a single
+    run ± `of_episodes`, its standard error over episodes, if given."""
     if not values:
         return "–"
-    spread = f" ± {number(np.std(values, ddof=error) / len(values) ** (error / 2), digits)}" if len(values) > 1 else ""
+    if len(values) > 1:
+        spread = f" ± {number(np.std(values, ddof=error) / len(values) ** (error / 2), digits)}"
+    else:
+        spread = f" ± {number(of_episodes, digits)} over its episodes" if of_episodes else ""
     return f"{number(np.mean(values), digits)}{spread}{short_of(runs, section.kind, len(values))}"
 
 
-def interval(strata: list[np.ndarray], digits: int) -> str:
-    low, high = bootstrap_interval(strata)
+def interval(strata: list[np.ndarray], digits: int, paired: bool = False) -> str:
+    low, high = bootstrap_interval(strata, paired)
     return "" if np.isnan(low) else f" [{number(low, digits)}, {number(high, digits)}]"
 
 
-def p_value(a: Sample, b: Sample) -> str:
+def gap(a: Sample, b: Sample, digits: int, p_digits: int = 3) -> str:
+    """Of their means, and Welch's p if both are of several runs."""
     p = welch(a, b)
-    return "–" if np.isnan(p) else "< 0.001" if p < 0.001 else number(p, 3)
+    p = "" if np.isnan(p) else ", p < 0.001" if p < 0.001 else f", p {number(p, p_digits)}"
+    return number(a.mean - b.mean, digits, "+") + p
 
 
-def published_sample(row: dict[str, Any]) -> Sample:
-    """Of a row of paper/: the PLR paper's std has ddof 0."""
-    n = int(row["runs"])
-    return Sample(row["mean"], row["std"] * (n / (n - 1)) ** 0.5 if "std" in row else row["standard_error"] * n**0.5, n)
+def published_return(game: str, method: str) -> Sample:
+    """The PLR paper's std has ddof 0, and one digit: a p value from it is known to two at most."""
+    row, n = PROCGEN[game, method], int(PROCGEN[game, method]["runs"])
+    return Sample(row["mean"], row["std"] * (n / (n - 1)) ** 0.5, n)
 
 
 def difference(
-    runs: list[Run], other: list[Run] | dict, section: Section, values: Callable[[list[Run]], list[float]], digits: int
+    runs: list[Run],
+    other: list[Run] | Sample,
+    section: Section,
+    values: Callable[[list[Run]], list[float]],
+    *digits: int,
 ) -> str:
-    """Of the mean over runs from other runs' or from a published row, and Welch's p if both are several."""
-    if not runs or not other:
+    """Of the mean over runs from other runs' or from a published sample. None of runs that still go on: they are at
+    different steps."""
+    both = [*runs, *(() if isinstance(other, Sample) else other)]
+    if not runs or not other or not all(run.finished for run in both):
         return "–"
-    a, b = sample(values(runs)), published_sample(other) if isinstance(other, dict) else sample(values(other))
-    p = p_value(a, b)
-    both = [*runs, *(other if isinstance(other, list) else [])]
-    text = number(a.mean - b.mean, digits, "+") + f", p {p}" * (p != "–")
-    return text + short_of(both, section.kind, min(a.n, b.n))
+    a, b = sample(values(runs)), other if isinstance(other, Sample) else sample(values(other))
+    return gap(a, b, *digits) + short_of(both, section.kind, min(a.n, b.n))
 
 
 # ---- Procgen's tables ------------------------------------------------------------------------------------------------
@@ -302,20 +351,35 @@ def returns_of(runs: list[Run], key: str = "test_return") -> list[float]:
     return [run.evaluation[key] for run in runs]
 
 
+def episodes_error(run: Run, *kinds: str) -> float:
+    """Standard error of its mean return on test or train levels, or of their difference."""
+    return sum(run.evaluation[f"{kind}_return_std"] ** 2 / run.episodes for kind in kinds) ** 0.5
+
+
+def returns_cell(runs: list[Run], section: Section, *kinds: str) -> str:
+    """Of the mean return on test or train levels, or of the first kind's minus the second's."""
+    if not runs:
+        return "–"
+    values = [returns_of(runs, f"{kind}_return") for kind in kinds]
+    values = list(np.subtract(*values)) if len(kinds) == 2 else values[0]
+    return cell(values, runs, section, 2, of_episodes=episodes_error(runs[0], *kinds))
+
+
 def normalized_cells(found: dict[str, list[Run]], uniform: dict[str, list[Run]], section: Section) -> tuple[str, str]:
     """Mean and IQM over the games that both have; with more runs in some of them, over the first ones of each."""
     games = [game for game in found if game in uniform]
-    if not games:
+    baseline = {game: np.mean(returns_of(uniform[game])) for game in games}
+    if not games or min(baseline.values()) <= 0:
         return "–", "–"
     n = min(len(found[game]) for game in games)
-    runs = [run for game in games for run in found[game][:n]]
     returns = {game: np.array(returns_of(found[game][:n])) for game in games}
-    baseline = {game: np.mean(returns_of(uniform[game])) for game in games}
     ratios = [100 * returns[game] / baseline[game] for game in games]
-    of_games = f", {len(games)} of 16 games" * (len(games) < 16)
-    mean = cell(list(normalized_returns(returns, baseline)), runs, section, 1)
-    middle = f"{number(iqm(np.array(ratios)), 1)}{interval(ratios, 1)}{short_of(runs, section.kind, n)}"
-    return mean + of_games, middle + of_games
+    both = [run for game in games for run in [*found[game][:n], *uniform[game]]]
+    note = short_of(both, section.kind, min([n, *(len(uniform[game]) for game in games)]))
+    note += f", {len(games)} of 16 games" * (len(games) < 16)
+    scores = normalized_returns(returns, baseline)
+    mean = number(scores.mean(), 1) + f" ± {number(scores.std(), 1)}" * (n > 1)
+    return mean + note, f"{number(iqm(np.array(ratios)), 1)}{interval(ratios, 1)}{note}"
 
 
 def procgen_table(section: Section) -> str:
@@ -326,7 +390,7 @@ def procgen_table(section: Section) -> str:
     for name in section.columns:
         if name in found:
             runs = [found[name].get(game, []) for game in games]
-            columns[name] = [cell(returns_of(members), members, section, 2) for members in runs]
+            columns[name] = [returns_cell(members, section, "test") for members in runs]
             if "uniform" in found:
                 columns[name] += normalized_cells(found[name], found["uniform"], section)
         if name in section.published:
@@ -352,11 +416,11 @@ def procgen_differences(section: Section) -> str:
         differences = [difference(found[name].get(x, []), runs, section, returns_of, 2) for x, runs in uniform.items()]
         columns[f"{name} − uniform"] = differences
     if "PLR" in others:
-        pairs = [[published_sample(PROCGEN[game, x]) for x in ("plr", "uniform")] for game in uniform]
-        columns["PLR − uniform, paper"] = [f"{number(a.mean - b.mean, 1, '+')}, p {p_value(a, b)}" for a, b in pairs]
+        pairs = [[published_return(game, x) for x in ("plr", "uniform")] for game in uniform]
+        columns["PLR − uniform, paper"] = [gap(*pair, 1, 2) for pair in pairs]
     for name, curriculum in section.published.items() if section.is_as_long_as_published else ():
-        rows = [(found.get(name, {}).get(game, []), PROCGEN[game, curriculum]) for game in uniform]
-        columns[f"{name}, ours − paper"] = [difference(runs, row, section, returns_of, 2) for runs, row in rows]
+        pairs = [(found.get(name, {}).get(game, []), published_return(game, curriculum)) for game in uniform]
+        columns[f"{name}, ours − paper"] = [difference(*pair, section, returns_of, 2, 2) for pair in pairs]
     return table(columns, zip(*columns.values()))
 
 
@@ -364,16 +428,13 @@ def procgen_gaps(section: Section) -> str:
     rows = []
     for name, runs in section.evaluated.items():
         for game, members in by_game(runs).items():
-            train, test = returns_of(members, "train_return"), returns_of(members)
-            values = (train, test, list(np.subtract(train, test)))
-            rows.append([game, name, *(cell(x, members, section, 2) for x in values)])
+            kinds = (("train",), ("test",), ("train", "test"))
+            rows.append([game, name, *(returns_cell(members, section, *x) for x in kinds)])
     header = ["game", "curriculum", "training levels", "unseen levels", "generalisation gap"]
     return table(header, sorted(rows, key=lambda row: row[0]), left=2)
 
 
 # ---- mazes' tables ---------------------------------------------------------------------------------------------------
-
-SEVEN = list(dict.fromkeys(maze for maze, _ in MAZES if maze != "mean_of_7"))
 
 
 def solved(run: Run) -> dict[str, float]:
@@ -393,11 +454,13 @@ def mean_of_seven(runs: list[Run]) -> list[float]:
 
 SUMMARIES = [
     "gradient updates",
-    "mean of dcd's 7 mazes",
-    "IQM of dcd's 7 mazes",
-    "mean of all mazes",
-    "IQM of all mazes",
+    *(f"{x} of {mazes}" for mazes in ("dcd's 7 mazes", "all mazes") for x in ("mean", "IQM")),
 ]
+
+
+def published_rates(curriculum: str) -> np.ndarray:
+    """dcd's shares of episodes solved (7 mazes, runs)."""
+    return np.array([MAZES[maze, curriculum]["rates"] for maze in SEVEN])
 
 
 def maze_summaries(runs: list[Run], section: Section) -> list[str]:
@@ -410,14 +473,19 @@ def maze_summaries(runs: list[Run], section: Section) -> list[str]:
             continue
         rates = np.array([[solved(run)[maze] for run in runs] for maze in mazes])  # (mazes, runs)
         cells += [cell(list(rates.mean(0)), runs, section, 3, error=True)]
-        cells += [f"{number(iqm(rates), 3)}{interval(list(rates), 3)}{note}"]
+        cells += [f"{number(iqm(rates), 3)}{interval(list(rates), 3, paired=True)}{note}"]
     return cells
 
 
+def rates_text(rates: np.ndarray) -> str:
+    """Of published runs (runs,): mean ± standard error."""
+    return f"{number(rates.mean(), 3)} ± {number(stats.sem(rates), 3)}"
+
+
 def published_summaries(curriculum: str) -> list[str]:
-    row = MAZES["mean_of_7", curriculum]
-    middle = f"{row['iqm']:.3f} [{row['iqm_low']:.3f}, {row['iqm_high']:.3f}]"
-    return ["–", f"{row['mean']:.3f} ± {row['standard_error']:.3f}", middle, "–", "–"]
+    rates = published_rates(curriculum)
+    middle = f"{number(iqm(rates), 3)}{interval(list(rates), 3, paired=True)}"
+    return ["–", rates_text(rates.mean(0)), middle, "–", "–"]
 
 
 def maze_table(section: Section) -> str:
@@ -433,23 +501,21 @@ def maze_table(section: Section) -> str:
                 columns[name].append(cell(rates, there, section, 3, error=True) + middle)
             columns[name] += maze_summaries(runs, section)
         if curriculum := section.published.get(name):
-            rows = [MAZES.get((maze, curriculum)) for maze in mazes]
-            columns[f"{name}, dcd"] = [
-                f"{row['mean']:.3f} ± {row['standard_error']:.3f}, IQM {row['iqm']:.3f}" if row else "–" for row in rows
-            ] + published_summaries(curriculum)
+            rows = [MAZES.get((maze, curriculum), {}).get("rates") for maze in mazes]
+            texts = ["–" if x is None else f"{rates_text(x)}, IQM {number(iqm(x), 3)}" for x in rows]
+            columns[f"{name}, dcd"] = texts + published_summaries(curriculum)
     return table(columns, (row for row in zip(*columns.values()) if set(row[1:]) != {"–"}))
 
 
 def maze_differences(section: Section) -> str:
     """Of the mean of dcd's mazes, between curricula; at dcd's length also from dcd's."""
-    rows, methods = [], {name: MAZES["mean_of_7", x] for name, x in section.published.items()}
+    rows, methods = [], {name: sample(published_rates(x).mean(0)) for name, x in section.published.items()}
     names = list(section.evaluated) if methods else []
     for i, a in enumerate(names):
         for b in names[:i]:
             ours = difference(section.evaluated[a], section.evaluated[b], section, mean_of_seven, 3)
-            dcd = [published_sample(methods[name]) for name in (a, b) if name in methods]
-            text = f"{number(dcd[0].mean - dcd[1].mean, 3, '+')}, p {p_value(*dcd)}" if len(dcd) == 2 else "–"
-            rows.append([f"{a} − {b}", ours, text])
+            dcd = gap(methods[a], methods[b], 3) if {a, b} <= methods.keys() else "–"
+            rows.append([f"{a} − {b}", ours, dcd])
     for name in names if section.is_as_long_as_published else ():
         if name in methods:
             text = difference(section.evaluated[name], methods[name], section, mean_of_seven, 3)
@@ -476,13 +542,16 @@ def averaged(runs: list[Run], x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smoothed(run: Run, key: str, only: np.ndarray | None = None) -> tuple[np.ndarray, np.ndarray]:
     """Steps and means of a column of progress.csv at each row where it has a value (and `only` is true): over the rows
-    of the fortieth of the run up to there, 50 iterations at least."""
+    of the twentieth of the run up to there (a copy has 200 rows of a run at most), 50 iterations at least."""
     steps, values = run.progress["global_step"], run.progress[key]
     there = np.flatnonzero(~np.isnan(values) & (True if only is None else only))
-    window = max(50 * run["batch_size"], steps[-1] / 40) if len(steps) > 100 else 5 * run["batch_size"]
+    window = max(50 * run["batch_size"], steps[-1] / 20) if len(steps) > 100 else 5 * run["batch_size"]
     first = np.searchsorted(steps[there], steps[there] - window, "right")
     total, rows = np.cumsum([0, *values[there]]), np.arange(len(there)) + 1
     return steps[there], (total[rows] - total[first]) / (rows - first)
+
+
+BAND = {"lw": 8, "alpha": 0.2}  # in a legend
 
 
 def figure_of(panels: int, columns: int, width: float = 4.6, height: float = 3.7) -> tuple[Figure, list[Axes]]:
@@ -497,9 +566,12 @@ def figure_of(panels: int, columns: int, width: float = 4.6, height: float = 3.7
 
 def finish(figure: Figure, section: Section, kinds: dict[str, dict[str, Any]]) -> Figure:
     """Legend and axes of steps. `kinds`: what lines mean in every variant, label -> look."""
-    entries = [Line2D([], [], lw=4, label=name, color=color_of(section, name)) for name in section.variants]
+    labels = {name: f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})" for name, runs in section.variants.items()}
+    entries = [Line2D([], [], lw=4, label=label, color=color_of(section, name)) for name, label in labels.items()]
     entries += [Line2D([], [], label=label, **({"color": "0.25"} | look)) for label, look in kinds.items()]
-    figure.legend(handles=entries, loc="outside upper center", ncols=min(len(entries), 6), frameon=False)
+    figure.legend(
+        handles=entries, loc="outside upper center", ncols=-(-len(entries) // (1 + len(entries) // 6)), frameon=False
+    )
     for axis in figure.axes:
         if axis.get_xlabel() in ("environment steps", "gradient updates"):
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -518,7 +590,8 @@ def procgen_picture(section: Section) -> Figure:
         for game, panel in zip(games, panels):
             runs = [run for run in section.variants[name] if run["env_id"] == game]
             for run in (run for run in runs if run.progress):
-                panel.plot(*smoothed(run, "episodic_return"), color=color, lw=0.8, alpha=0.45 if len(runs) < 3 else 0.2)
+                alpha = 0.8 if len(runs) < 3 else 0.3
+                panel.plot(*smoothed(run, "episodic_return"), color=color, lw=1, ls="--", alpha=alpha)
             if runs := [run for run in runs if run.evaluations]:
                 x, test = averaged(runs, "global_step", "test_return")
                 x, train = averaged(runs, "global_step", "train_return")
@@ -540,6 +613,7 @@ def procgen_picture(section: Section) -> Figure:
         for row in rows:
             color, above = COLORS[row["method"]], "bottom" if row is rows[-1] else "top"
             place = {"transform": panel.get_yaxis_transform(), "va": above, "fontsize": 8.5}
+            place["bbox"] = {"fc": "white", "alpha": 0.7, "lw": 0, "pad": 1}
             panel.text(0.02, row["mean"], f"{NAMES[row['method']]}, paper", color=color, **place)
             panel.axhline(row["mean"], color=color, ls=":", lw=1.5)
             panel.axhspan(row["mean"] - row["std"], row["mean"] + row["std"], color=color, alpha=0.07, lw=0)
@@ -552,18 +626,19 @@ def procgen_picture(section: Section) -> Figure:
     shares.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:.0%}"))
     kinds = {"unseen levels": {"lw": 2.2, "marker": "o", "ms": 4}}
     kinds |= {"training levels": {"lw": 1.2, "marker": "o", "ms": 4, "mfc": "white"}}
-    kinds |= {"episodes of the training, smoothed": {"lw": 0.8, "alpha": 0.6}}
+    kinds |= {"episodes of the training, smoothed": {"lw": 1, "ls": "--", "alpha": 0.8}}
+    numbers = {len(members) for runs in section.evaluated.values() for members in by_game(runs).values()}
+    kinds |= {"± s.e. over episodes": BAND} if 1 in numbers else {}
+    kinds |= {"± std over runs": BAND} if numbers - {1} else {}
     if section.published:
-        kinds["paper, unseen levels, after 25M steps"] = {"ls": ":", "lw": 1.5}
+        kinds["paper: unseen levels, 25M steps, ± std"] = {"ls": ":", "lw": 1.5}
     return finish(figure, section, kinds)
 
 
 def maze_picture(section: Section) -> Figure:
     """Solved rate over environment steps and over gradient updates."""
     figure, axes = figure_of(2, 2, 5.4, 4)
-    mazes = (
-        SEVEN if section.kind == "Mazes" else [key[7:] for key in section.runs[0].evaluations if key == "solved_mean"]
-    )
+    mazes, several = SEVEN if section.kind == "Mazes" else ["mean"], False
     for name in section.variants:
         color = color_of(section, name)
         if runs := [run for run in section.variants[name] if run.evaluations]:
@@ -572,13 +647,17 @@ def maze_picture(section: Section) -> Figure:
                 x, y = rates[0][0], np.mean([rate for _, rate in rates], 0)
                 axis.plot(x, y.mean(0), lw=2, marker="o", ms=4, color=color)
                 if len(runs) > 1:
-                    error = y.std(0, ddof=1) / len(runs) ** 0.5
+                    several, error = True, y.std(0, ddof=1) / len(runs) ** 0.5
                     axis.fill_between(x, y.mean(0) - error, y.mean(0) + error, color=color, alpha=0.2, lw=0)
     for curriculum in section.published.values():
-        axes[0].axhline(MAZES["mean_of_7", curriculum]["mean"], color=COLORS[curriculum], ls=":", lw=1.5)
-    axes[0].set(xlabel="environment steps", ylabel=f"mean solved rate, {len(mazes)} mazes", ylim=(0, 1))
-    axes[1].set(xlabel="gradient updates", ylim=(0, 1))
-    return finish(figure, section, {"dcd, after 250M steps": {"ls": ":", "lw": 1.5}} if section.published else {})
+        for axis in axes:
+            axis.axhline(published_rates(curriculum).mean(), color=COLORS[curriculum], ls=":", lw=1.5)
+    what = "mean solved rate" + f", dcd's {len(mazes)} mazes" * (len(mazes) > 1)
+    for axis, x in zip(axes, ("environment steps", "gradient updates")):
+        axis.set(title=f"over {x}", xlabel=x, ylabel=what, ylim=(0, 1))
+    kinds = {"± s.e. over runs": BAND} if several else {}
+    kinds |= {"dcd, mean of 10 runs after 250M steps": {"ls": ":", "lw": 1.5}} if section.published else {}
+    return finish(figure, section, kinds)
 
 
 def maze_bars(section: Section) -> Figure:
@@ -595,9 +674,11 @@ def maze_bars(section: Section) -> Figure:
         if len(runs) > 1:
             axis.plot(where - width / 5, rates.mean(0), "_", ms=11, mew=3, color=color)
         curriculum = section.published.get(name)
-        rows = {x: MAZES[maze, curriculum] for x, maze in zip(where, mazes) if (maze, curriculum) in MAZES}
-        for x, row in rows.items():
-            axis.errorbar(x + width / 5, row["mean"], row["standard_error"], fmt="D", ms=4, mfc="white", color=color)
+        rows = {x: MAZES[maze, curriculum]["rates"] for x, maze in zip(where, mazes) if (maze, curriculum) in MAZES}
+        for x, published in rows.items():
+            axis.plot(np.full(len(published), x + width / 5), published, "D", ms=3, color=color, alpha=0.3, mew=0)
+            place = (x + width / 5, published.mean(), stats.sem(published))
+            axis.errorbar(*place, fmt="D", ms=4, mfc="white", color=color)
     axis.set(ylabel="share of episodes solved", ylim=(-0.03, 1.03))
     axis.set_xticks(range(len(mazes)), mazes, rotation=25, ha="right")
     axis.set_xlim(-0.5, len(mazes) - 0.5)
@@ -607,7 +688,9 @@ def maze_bars(section: Section) -> Figure:
     kinds = {"a run": {"ls": "", "marker": "o", "alpha": 0.6, "mew": 0}}
     if any(len(runs) > 1 for runs in columns.values()):
         kinds["mean"] = {"ls": "", "marker": "_", "ms": 11, "mew": 3}
-    kinds |= {"dcd, after 250M steps ± s.e.": {"ls": "", "marker": "D", "mfc": "white"}} if section.published else {}
+    if section.published:
+        kinds["dcd after 250M steps: a run"] = {"ls": "", "marker": "D", "ms": 3, "alpha": 0.4, "mew": 0}
+        kinds["mean ± s.e."] = {"ls": "", "marker": "D", "ms": 4, "mfc": "white"}
     return finish(figure, section, kinds)
 
 
@@ -630,22 +713,28 @@ def maze_training_picture(section: Section) -> Figure:
                 steps, progress["score_q10"], progress["score_q90"], color=color, alpha=0.15 / several, lw=0
             )
             effective.plot(steps, progress["effective_levels"], color=color, lw=1)
-    rate.set(title="solved rate in training, smoothed", ylim=(0, 1.02), xlabel="environment steps")
-    paths.set(title="shortest path in the levels, smoothed", xlabel="environment steps")
-    scores.set(title="scores in the buffer: median, 10 % to 90 %", xlabel="environment steps")
-    effective.set(title="effective number of levels, exp(entropy)", xlabel="environment steps", ylim=(0, None))
+    rate.set(title="solved rate in training, smoothed", ylim=(0, 1.02), ylabel="share of episodes")
+    paths.set(title="shortest path in the levels, smoothed", ylabel="cells")
+    scores.set(
+        title="scores in the buffer: median, 10 % to 90 %", ylabel=", ".join({run["score"] for run in section.runs})
+    )
+    effective.set(title="effective number of levels, exp(entropy)", ylabel="levels", ylim=(0, None))
+    for axis in axes:
+        axis.set_xlabel("environment steps")
     return finish(figure, section, {"new levels": {"ls": "-"}, "replayed levels": {"ls": ":"}})
 
 
 def drawn(figure: Figure) -> str:
-    """A hash of titles and lines, kept in each picture: a test finds the committed ones that are out of date."""
-    digest = hashlib.sha256()
+    """A hash of words, lines, bands and bars, kept in each picture: a test finds the committed ones that are out of
+    date."""
+    words, points = [x.get_text() for legend in figure.legends for x in legend.get_texts()], []
     for axis in figure.axes:
-        digest.update(f"{axis.get_title()} {axis.get_ylabel()}".encode())
-        for line in axis.lines:
-            points = zip(*(np.asarray(x, float) for x in line.get_data()))
-            digest.update(" ".join(f"{x:.5g},{y:.5g}" for x, y in points).encode())
-    return digest.hexdigest()
+        words += [axis.get_title(), axis.get_xlabel(), axis.get_ylabel(), *(x.get_text() for x in axis.texts)]
+        points += [np.column_stack([np.asarray(x, float) for x in line.get_data()]) for line in axis.lines]
+        points += [path.vertices for collection in axis.collections for path in collection.get_paths()]
+        points += [patch.get_patch_transform().transform(patch.get_path().vertices) for patch in axis.patches]
+    numbers = " ".join(f"{x:.5g}" for x in np.concatenate([x.ravel() for x in points]))
+    return hashlib.sha256(f"{words} {numbers}".encode()).hexdigest()
 
 
 # ---- the report ------------------------------------------------------------------------------------------------------
@@ -658,15 +747,18 @@ side. A cell says what it has less than the published number: runs (10 in both p
 mazes), episodes (100).
 
 **Procgen.** Return on unseen levels, final policy, stochastic; mean ± standard deviation over runs (ddof 0), as in
-Table 2 of the PLR paper. Normalised: each run's return over the uniform baseline's mean, averaged over the games that
-have both; IQM: over these games and runs together.
+Table 2 of the PLR paper; of a single run ± the standard error over its episodes. Normalised: each run's return over the
+uniform baseline's mean, averaged over the games that have both; IQM: over these games and runs together.
 
-**Mazes.** Share of episodes solved zero-shot, stochastic policy; mean ± standard error over runs (ddof 1). dcd's
-columns are computed from its per-seed results. IQM: in a maze over runs, in the last rows over mazes and runs together.
+**Mazes.** Share of episodes solved zero-shot, stochastic policy; mean ± standard error over runs (ddof 1). Of a single
+run's 100 episodes in a maze chance alone makes up to ± 0.05, and one run may always solve a maze that another never
+does. dcd's columns are computed from its per-seed results. IQM: in a maze over runs, in the last rows over mazes and
+runs together, without the lowest and the highest quarter (of 7 numbers one at each end).
 
-[95 % intervals]: stratified bootstrap, runs drawn anew within each game or maze. p: Welch's t-test, two-sided. In the
-pictures, lines are means over runs and bands their standard deviation (Procgen) or standard error (mazes); of a single
-Procgen run, the standard error over the episodes. Robust PLR's new levels are steps without updates.
+[95 % intervals], from five runs on: bootstrap; in Procgen runs are drawn anew within each game, in mazes whole runs,
+since one run plays all mazes. p: Welch's t-test, two-sided, not corrected for the number of tests; the paper's follow
+from rounded numbers. Where a curriculum has finished runs, those that still go on are left out of its numbers; they are
+in the pictures. Robust PLR's new levels are steps without updates.
 """
 
 
@@ -678,18 +770,18 @@ def runs_table(runs: list[Run]) -> str:
         steps = f"{run.steps:,}" if run.finished else f"{last:,.0f} of {run['total_timesteps']:,}, unfinished"
         known = {key: dict.fromkeys(x.get(key, "not recorded") for x in starts) for key in ("commit", "machine")}
         command = f"`{starts[0].get('command', 'not recorded')}`"
-        rows.append([run.name, command, *(", then ".join(x) for x in known.values()), steps, f"{run.pace:,.0f}"])
+        rows.append([run.name, command, *(", then ".join(x) for x in known.values()), steps])
         notes += f"- {run.name}: {run.started['note']}\n" if "note" in run.started else ""
-    header = ["run", "command", "commit", "machine", "environment steps", "steps/s"]
+    header = ["run", "command", "commit", "machine", "environment steps"]
     return table(header, rows, left=4) + f"\n{notes}" * bool(notes)
 
 
 def summary_of_mazes(found: list[Section]) -> str:
     """Every curriculum and length in a row, dcd's below."""
     found = [section for section in found if section.kind == "Mazes"]
-    rows = [[name, *maze_summaries(runs, x)[:4]] for x in found for name, runs in x.evaluated.items()]
-    rows += [[f"{NAMES[x]}, dcd", *published_summaries(x)[:4]] for x in ("dr", "plr", "robust_plr")]
-    return table(["", *SUMMARIES[:4]], rows)
+    rows = [[f"{name}, {x.length}", *maze_summaries(runs, x)[:4]] for x in found for name, runs in x.evaluated.items()]
+    rows += [[f"{NAMES[x]}, dcd: 250M, 10 runs", *published_summaries(x)[:4]] for x in ("dr", "plr", "robust_plr")]
+    return table(["method, environment steps", *SUMMARIES[:4]], rows)
 
 
 PROCGEN_PARTS = (
@@ -710,7 +802,7 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, Figure], dict[str, 
     blocks = {"mazes": summary_of_mazes(found)}
     for section in found:
         draws, makes = PROCGEN_PARTS if section.kind == "Procgen" else MAZES_PARTS
-        text += f"\n## {section.title}\n"
+        text += f"\n## {section.title}\n\n{section.code}\n"
         for part, draw in draws.items():
             pictures[f"{section.file}{part}.png"] = draw(section)
             text += f"\n![{section.title}{part.replace('_', ' ')}](pictures/{section.file}{part}.png)\n"
@@ -738,6 +830,8 @@ def main() -> None:
             refuse(f"RUN-DIRS {run_dir} is not a run's directory: it has no args.json.")
     text, pictures, blocks = report(args.run_dirs or [path.parent for path in RUNS.glob("*/args.json")])
     (args.out / "pictures").mkdir(parents=True, exist_ok=True)
+    for old in (args.out / "pictures").glob("*.png") if args.out.resolve() == RUNS.parent else ():
+        old.unlink()
     for name, figure in pictures.items():
         figure.savefig(args.out / "pictures" / name, dpi=100, metadata={"Drawn": drawn(figure)})
     (args.out / "REPORT.md").write_text(text)

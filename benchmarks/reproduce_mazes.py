@@ -3,10 +3,11 @@
     python benchmarks/reproduce_mazes.py --dry-run                               # prints the 30 commands
     python benchmarks/reproduce_mazes.py --seeds 1 2 3 4 5 --at-most 5 --cpus 3  # here, 5 at once, also on one GPU
     python benchmarks/reproduce_mazes.py --gradient-matched --at-most 5          # robust_plr, as many gradient updates
-    python benchmarks/reproduce_mazes.py --curricula robust_plr dr --seeds 1 --total-timesteps 60000000 --at-most 2
+    python benchmarks/reproduce_mazes.py --curricula robust_plr dr --seeds 2 --total-timesteps 60000000 --at-most 2
 
 Settings are the script's defaults, which are dcd's; at the end, 100 episodes in each evaluation maze. launch.py does
-the work: its flags (--executor slurm, --cpus, ...) are here too. Finished runs are copied to --results, for report.py.
+the work: its flags (--executor slurm, --cpus, ...) are here too. Finished runs are copied to --results, for report.py;
+with Slurm, by the same command once more when they are finished.
 """
 
 import os
@@ -45,6 +46,9 @@ def gradient_matched_steps(total_timesteps: int) -> int:
 def main() -> None:
     args = tyro.cli(Args)
     if args.gradient_matched:
+        for word in args.values:
+            if word.split("=")[0].replace("-", "_") in ("num_envs", "num_steps", "replay_prob", "rho", "buffer_size"):
+                launch.refuse(f"--values {word} must not be with --gradient-matched, which knows the default only.")
         args.curricula, args.total_timesteps = ("robust_plr",), gradient_matched_steps(args.total_timesteps)
     chosen = f"curriculum={','.join(args.curricula)}", f"total_timesteps={args.total_timesteps}"
     args.values = (*chosen, *args.values)

@@ -7,7 +7,7 @@
 
 Settings are the script's defaults, which are the paper's: easy mode, 200 training levels; at the end the final policy
 plays 100 unseen levels, stochastically. launch.py does the work: its flags (--executor slurm, --cpus, ...) are here
-too. Finished runs are copied to --results, for report.py.
+too. Finished runs are copied to --results, for report.py; with Slurm, by the same command once more when they are.
 """
 
 import os

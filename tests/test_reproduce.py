@@ -60,6 +60,9 @@ def test_mazes_start_dcds_30_runs_or_robust_plr_for_as_many_updates(monkeypatch,
     assert len(set(lines)) == 3 * 10 and all("--total-timesteps 250000000 " in line for line in lines)
     lines = call(reproduce_mazes, monkeypatch, capsys, f"--gradient-matched --out {tmp_path} --dry-run").splitlines()
     assert len(lines) == 10 and all("--curriculum robust_plr --total-timesteps 500506624" in line for line in lines)
+    flags = f"--gradient-matched --out {tmp_path} --dry-run --values precision=bf16 replay-prob=0.8"
+    message = refused(capsys, lambda: call(reproduce_mazes, monkeypatch, capsys, flags))
+    assert "--values replay-prob=0.8 must not be with --gradient-matched" in message
 
 
 def test_gradient_matched_means_as_many_replays_as_dr_has_rollouts():
@@ -90,6 +93,12 @@ def test_a_run_is_trained_copied_and_not_trained_again(tmp_path, monkeypatch, ca
     assert start["commit"].removesuffix("+changes") == (git.stdout.strip() or "unknown")
     run = report.read_run(folder)
     assert run.finished and run.steps == 96 and run.evaluation["solved_mean"] >= 0
+    # the same flags in another folder are another training: refused before it starts
+    another_training(folder)
+    flags = flags.replace(str(tmp_path / "out"), str(tmp_path / "again"))
+    message = refused(capsys, lambda: call(reproduce_mazes, monkeypatch, capsys, flags))
+    assert f"--results {tmp_path / 'results'} must be another folder: {folder.name} in it" in message
+    assert not (tmp_path / "again").exists()
 
 
 # ---- what is kept of a run -------------------------------------------------------------------------------------------
@@ -124,22 +133,40 @@ def test_job_log_tells_each_commit_and_machine(run_dir, tmp_path):
     ]
 
 
-def test_an_unfinished_run_is_copied_and_later_the_finished_one_takes_its_place(run_dir, tmp_path):
-    result = (run_dir / "result.json").rename(tmp_path / "result.json")
-    copy = collect.collect(run_dir, tmp_path / "results", start=START)
-    assert not (copy / "result.json").exists() and not report.read_run(copy).finished
+def test_a_later_copy_of_a_run_takes_the_place_of_an_earlier_one(run_dir, tmp_path):
+    """Unfinished, finished, and going on again to more steps; the copy's files are those of one moment."""
+    progress, result = run_dir / "progress.csv", (run_dir / "result.json").rename(tmp_path / "result.json")
+    rows = progress.read_text().splitlines(True)
+    progress.write_text("".join(rows[:2]))
+    copy = collect.collect(run_dir, tmp_path / "results", "run", START)
+    assert not report.read_run(copy).finished
+    progress.write_text("".join(rows))
     result.rename(run_dir / "result.json")
-    assert collect.collect(run_dir, tmp_path / "results", start=START) == copy
-    assert report.read_run(copy).finished
+    assert collect.collect(run_dir, tmp_path / "results", "run", START) == copy and report.read_run(copy).finished
+    args = json.loads((run_dir / "args.json").read_text()) | {"total_timesteps": 10**6}
+    (run_dir / "args.json").write_text(json.dumps(args))
+    (run_dir / "result.json").unlink()
+    assert collect.collect(run_dir, tmp_path / "results", "run", START) == copy
+    assert not report.read_run(copy).finished and not (copy / "result.json").exists()
+
+
+def another_training(run_dir: Path) -> None:
+    """Makes its last row another's."""
+    *rows, last = (run_dir / "progress.csv").read_text().splitlines()
+    step, seconds, *cells = last.split(",")
+    (run_dir / "progress.csv").write_text("\n".join([*rows, ",".join([step, seconds, "7", *cells[1:]])]) + "\n")
 
 
 def test_another_run_is_not_overwritten(run_dir, tmp_path, capsys):
-    copy = collect.collect(run_dir, tmp_path / "results", start=START)
-    result = json.loads((run_dir / "result.json").read_text())
-    (run_dir / "result.json").write_text(json.dumps(result | {"fingerprint": "another"}))
-    before = (copy / "result.json").read_text()
-    message = refused(capsys, lambda: collect.collect(run_dir, tmp_path / "results", start=START))
-    assert "--name must be another" in message and (copy / "result.json").read_text() == before
+    copy = collect.collect(run_dir, tmp_path / "results", "run", START)
+    before = {file: file.read_text() for file in copy.iterdir()}
+    another_training(run_dir)
+    args = json.loads((run_dir / "args.json").read_text())
+    for steps in (args["total_timesteps"], 10**6):  # also if it is longer
+        (run_dir / "args.json").write_text(json.dumps(args | {"total_timesteps": steps}))
+        message = refused(capsys, lambda: collect.collect(run_dir, tmp_path / "results", "run", START))
+        assert "--name must be another" in message
+        assert {file: file.read_text() for file in copy.iterdir()} == before
     assert collect.collect(run_dir, tmp_path / "results", "second", START).name == "second"
 
 
