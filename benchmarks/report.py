@@ -114,6 +114,12 @@ class Run:
         return self.args[flag]
 
     @property
+    def made(self) -> tuple[str, str]:
+        """Precision, commits."""
+        commits = dict.fromkeys(start.get("commit", "unknown") for start in self.started.get("starts", [{}]))
+        return f"{self['precision']}{', compiled' * self['compile']}", f"code of {' and '.join(commits)}"
+
+    @property
     def kind(self) -> str:
         return {"maze": "Mazes"}.get(self["env_id"], self["env_id"]) if "num_walls" in self.args else "Procgen"
 
@@ -213,10 +219,7 @@ class Section(NamedTuple):
         """A sentence on what made the runs, for they may not all be of one precision and commit."""
         made: dict[str, list[str]] = {}
         for run in self.runs:
-            commits = dict.fromkeys(start.get("commit", "unknown") for start in run.started.get("starts", [{}]))
-            made.setdefault(
-                f"{run['precision']}{', compiled' * run['compile']}, code of {' and '.join(commits)}", []
-            ).append(run.variant if len(self.variants) > 1 else "")
+            made.setdefault(", ".join(run.made), []).append(run.variant)
         if len(made) == 1:
             return f"All in {next(iter(made))}."
         return "; ".join(f"{', '.join(dict.fromkeys(names))}: {how}" for how, names in made.items()) + "."
@@ -230,17 +233,15 @@ def sections(runs: list[Run]) -> list[Section]:
     """The longest first. Robust PLR with as many gradient updates stands with the runs that have half its steps."""
     seeds: dict[Any, list[Run]] = {}
     for run in runs:
-        seeds.setdefault(
-            (run.kind, millions(run["total_timesteps"]), run.variant, run["env_id"], run["seed"]), []
-        ).append(run)
+        key = (run.kind, millions(run["total_timesteps"]), run.variant, run["env_id"], run["seed"])
+        seeds.setdefault(key, []).append(run)
     for same in seeds.values():
-        how = [f"{run['precision']}{', compiled' * run['compile']}" for run in same]
-        if len(set(how)) < len(same):
-            refuse(
-                f"RUN-DIRS {' and '.join(run.name for run in same)} are one experiment with the same seed: choose one."
-            )
-        for run, words in zip(same, how if len(same) > 1 else ()):
-            run.variant += f", {words}"
+        names = " and ".join(run.name for run in same)
+        if len({run.made for run in same}) < len(same):
+            refuse(f"RUN-DIRS {names} are one experiment with the same seed: choose one.")
+        for words in zip(*(run.made for run in same)):  # what tells them apart
+            for run, word in zip(same, words if len(set(words)) > 1 else ()):
+                run.variant += f", {word}"
     baselines = {(run.kind, run["total_timesteps"]) for run in runs if run["curriculum"] != "robust_plr"}
     grouped: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
