@@ -85,7 +85,7 @@ class LevelSampler:
     staleness_temperature: float = 1.0
     replay_schedule: str = "proportionate"  # replay with probability seen share (buffer: at most 1 - nu); fixed: 1 - nu
     rho: float = 1.0  # share of levels (or of the buffer) that must be seen before any is replayed
-    nu: float = 0.5  # probability of a new level
+    nu: float = 0.5  # probability of a new level (on a fixed set, with replay_schedule fixed)
     alpha: float = 1.0  # weight of a new score in a level's running mean; 1 overwrites
     stitch_episodes: bool = False  # score an episode that spans rollouts as a whole (Algorithm 4), not part by part
 
@@ -110,7 +110,7 @@ class LevelSampler:
         self.counts = dict.fromkeys("started completed dropped replayed new evicted rejected late".split(), 0)
         # Staleness counts the draws since a level's own last draw. Keeping the time of that draw makes a draw O(1).
         self._clock, self._drawn_at, self._next = 0, np.zeros(size, np.int64), 0  # _next: levels dealt, if sequential
-        self._staged, self._num_staged = dict[int, tuple[int, float]](), 0  # new, unscored: (which one, best return)
+        self._staged, self._num_staged = dict[int, tuple[int, float]](), 0  # new, unscored: (its number, best return)
         self._tails = np.full((4, self.num_envs), -1.0)  # stitching: level, steps, sum and maximum of open tails
         self._open: dict[int, list] = {}  # `step`: environment -> (level, value, TD error, reward) of its steps so far
         self._index()
@@ -299,7 +299,7 @@ class LevelSampler:
         self.seen[slots[slots >= 0]] = True
         self._index_seen()
         for level, score in new.items():  # take an empty slot, or that of the lowest replay probability
-            which, best_return = self._staged.pop(level)
+            its_number, best_return = self._staged.pop(level)
             slot = self.num_seen
             if slot == len(self.levels):
                 slot = self._lowest = int(self.weights().argmin()) if self._lowest is None else self._lowest
@@ -308,8 +308,8 @@ class LevelSampler:
                     continue
                 self.counts["evicted"] += 1
             self.levels[slot], self.scores[slot], self.seen[slot] = level, score, True
-            # As stale as new levels were drawn since. A clock that these ran would make it the next one's victim.
-            self._drawn_at[slot], self.best_return[slot] = self._clock + which - self._num_staged, best_return
+            # As stale as new levels were drawn since. Did they run the clock, it would be the next one to be evicted.
+            self._drawn_at[slot], self.best_return[slot] = self._clock + its_number - self._num_staged, best_return
             self._index_seen()
         if not self.fixed:
             self._index()
@@ -384,11 +384,11 @@ class LevelSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`. Raises ValueError if it comes from a sampler of another shape or level set."""
+        """Restores `state_dict()`. ValueError if it is of a sampler with another shape, level set or version."""
         arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
         same = state["fixed"] == self.fixed and all(arrays[k].shape == getattr(self, k).shape for k in self._ARRAYS)
-        same = same and not (self.fixed and (arrays["levels"] != self.levels).any())
-        require(same, "the state belongs to a sampler with other levels or another number of environments")
+        same = same and len(state["clocks"]) == 4 and not (self.fixed and (arrays["levels"] != self.levels).any())
+        require(same, "the state is of a sampler with other levels, another number of environments, or an older one")
         for name in self._ARRAYS:
             getattr(self, name)[:] = arrays[name]
         self._index()

@@ -52,7 +52,7 @@ GAMES = (GAMES + "plunder starpilot").split()
 GAMES_WITH_MODE = {"easy": GAMES, "hard": GAMES, "extreme": "chaser dodgeball leaper starpilot".split()}
 GAMES_WITH_MODE["memory"] = "caveflyer dodgeball heist jumper maze miner".split()
 SCORES = "value_l1 gae positive_value_loss one_step_td_error policy_entropy least_confidence min_margin max_mc".split()
-FORMAT = "ppo_plr_procgen 1"  # of checkpoint.pt
+FORMAT = "ppo_plr_procgen 2"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
 FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile env_threads resume evaluate".split()
 FIRST_TEST_LEVEL = 2**30  # levels below are for training, from here to 2**31 - 1 for testing: no run trains on those
@@ -108,12 +108,12 @@ class Args:
 
     # Evaluation
     eval_interval: int = 50  # iterations between evaluations (0: only at the end)
-    eval_episodes: int = 100  # levels played once each, of the training levels and of levels never trained on
+    eval_episodes: int = 100  # on training levels, and on levels never trained on: each level once if there are enough
     capture_video: bool = False  # write a GIF of a test episode at each evaluation
     evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: twice as fast on GPUs, CPUs with AMX or AVX512-BF16
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: about twice as fast on CPUs with AMX or AVX512-BF16
     compile: bool = False  # torch.compile the network
     profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
     batch_size: int = field(init=False)
@@ -305,7 +305,7 @@ class Agent(nn.Module):
 
 
 def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
-    """Plays every evaluation level exactly once to its end, stochastic policy, raw returns, own random stream."""
+    """Plays an episode on each of `evaluation_levels` to its end: stochastic policy, raw returns, own random stream."""
     levels = evaluation_levels(args)
     returns, frames = np.zeros(len(levels)), []
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
@@ -430,7 +430,7 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     result = evaluate(agent, args, device, path.parent / "videos" / f"{path.stem}.gif" if args.capture_video else None)
     write_file(path, result | {"global_step": checkpoint["global_step"], "args": asdict(args)})
     for key in ("train_return", "test_return"):
-        print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} levels, once each")
+        print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} episodes")
     print(f"every episode: {path}")
 
 
@@ -576,8 +576,8 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
     def require_finite(x: Tensor, what: str) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
         if not x.isfinite().all():
-            rollout = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": own_values}
-            write_file(run_dir / f"failed_{RANK}.pt", rollout | {"levels": levels, "agent": agent.state_dict()})
+            what_led = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": own_values}
+            write_file(run_dir / f"failed_{RANK}.pt", what_led | {"levels": levels, "agent": agent.state_dict()})
             raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
 
     # ==== start or resume ====

@@ -12,7 +12,7 @@ Robust PLR: "Replay-Guided Adversarial Environment Design" (Jiang et al. 2021, a
 arXiv 2010.03934. PPO: CleanRL. Defaults: the released 25-block configuration; README.md lists deviations, logged keys.
 
 Every rollout is either all replay or all new levels and starts fresh episodes. A time limit and the rollout's end both
-count 0 from there on, as in the reference, and an episode that the rollout cuts off is not scored. --bootstrap-timeouts
+count 0 from there on, as in dcd, and an episode that the rollout cuts off is not scored. --bootstrap-timeouts
 takes the critic's value at both, and scores the cut episode too (not by max_mc, which needs whole ones).
 """
 
@@ -139,8 +139,8 @@ class Args:
     evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16 pays on GPUs and on CPUs with AMX or AVX512-BF16
-    compile: bool = False  # torch.compile the mazes' step and the network's
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: somewhat faster on CPUs with AMX or AVX512-BF16
+    compile: bool = False  # torch.compile the step of the mazes and the acting network's; the update is not
     profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
     batch_size: int = field(init=False)
     num_iterations: int = field(init=False)
@@ -487,7 +487,7 @@ class Agent(nn.Module):
         self.bf16, self.view = precision == "bf16", (h, w)
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
-        nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # no louder than the image, as dcd's linear layer
+        nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
         self.lstm = nn.LSTM(16 * (h - 2) * (w - 2) + 5, 256)
         for name, parameter in self.lstm.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
@@ -994,23 +994,23 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         for _epoch in range(args.update_epochs if learn else 0):
             # of every M environments in a row, each minibatch gets one: equally many of each rank
             for mb_envs in (torch.rand(N // M, M).argsort(dim=1) + torch.arange(0, N, M)[:, None]).T:
-                b_advantages = advantages[:, mb_envs]
-                b_advantages = (b_advantages - b_advantages.mean()) / (b_advantages.std() + 1e-8)
+                mb_advantages = advantages[:, mb_envs]
+                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
                 own = mb_envs // n == RANK  # this rank's part of the minibatch
-                mb_envs, b_advantages = mb_envs[own], b_advantages[:, own].reshape(-1)
-                b_returns, b_values = returns[:, mb_envs].reshape(-1), values[:, mb_envs].reshape(-1)
+                mb_envs, mb_advantages = mb_envs[own], mb_advantages[:, own].reshape(-1)
+                mb_returns, mb_values = returns[:, mb_envs].reshape(-1), values[:, mb_envs].reshape(-1)
                 mb_inds = mb_envs - RANK * n  # among this rank's environments
-                b_actions, b_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
+                mb_actions, mb_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
                 unrolled = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
-                newlogprob, entropy, newvalue = agent.evaluate_actions(*unrolled, b_actions)
-                logratio = newlogprob - b_logprobs
+                newlogprob, entropy, newvalue = agent.evaluate_actions(*unrolled, mb_actions)
+                logratio = newlogprob - mb_logprobs
                 ratio = logratio.exp()
-                pg_loss1 = -b_advantages * ratio
-                pg_loss2 = -b_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+                pg_loss1 = -mb_advantages * ratio
+                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
                 pg_loss = mean(torch.max(pg_loss1, pg_loss2))
-                v_change = (newvalue - b_values).clamp(-args.clip_coef, args.clip_coef)
-                v_loss_clipped = (b_values + v_change - b_returns) ** 2
-                v_loss = 0.5 * mean(torch.max((newvalue - b_returns) ** 2, v_loss_clipped))
+                v_change = (newvalue - mb_values).clamp(-args.clip_coef, args.clip_coef)
+                v_loss_clipped = (mb_values + v_change - mb_returns) ** 2
+                v_loss = 0.5 * mean(torch.max((newvalue - mb_returns) ** 2, v_loss_clipped))
                 entropy_loss = mean(entropy)
                 loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
                 optimizer.zero_grad()

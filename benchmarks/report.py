@@ -10,8 +10,9 @@ import csv
 import hashlib
 import json
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
@@ -235,13 +236,16 @@ def sections(runs: list[Run]) -> list[Section]:
     for run in runs:
         key = (run.kind, millions(run["total_timesteps"]), run.variant, run["env_id"], run["seed"])
         seeds.setdefault(key, []).append(run)
+    told_apart: dict[Any, set[int]] = defaultdict(set)  # variant -> what of `made` tells two runs of one seed apart
     for same in seeds.values():
         names = " and ".join(run.name for run in same)
         if len({run.made for run in same}) < len(same):
             refuse(f"RUN-DIRS {names} are one experiment with the same seed: choose one.")
-        for words in zip(*(run.made for run in same)):  # what tells them apart
-            for run, word in zip(same, words if len(set(words)) > 1 else ()):
-                run.variant += f", {word}"
+        for i in (i for i, words in enumerate(zip(*(run.made for run in same))) if len(set(words)) > 1):
+            told_apart[same[0].kind, millions(same[0]["total_timesteps"]), same[0].variant].add(i)
+    for run in runs:
+        for i in sorted(told_apart[run.kind, millions(run["total_timesteps"]), run.variant]):
+            run.variant += f", {run.made[i]}"
     baselines = {(run.kind, run["total_timesteps"]) for run in runs if run["curriculum"] != "robust_plr"}
     grouped: dict[tuple[str, str], list[Run]] = {}
     for run in runs:
@@ -453,7 +457,7 @@ def mean_of_seven(runs: list[Run]) -> list[float]:
     return [np.mean([solved(run)[maze] for maze in SEVEN]) for run in runs]
 
 
-SUMMARIES = ["gradient updates", "mean of dcd's 7 mazes", "its mean in the last quarter of the training"]
+SUMMARIES = ["gradient updates", "mean of dcd's 7 mazes", "mean of dcd's 7, last quarter of the evaluations"]
 SUMMARIES += ["IQM of dcd's 7 mazes", "mean of all mazes", "IQM of all mazes"]
 
 
@@ -481,7 +485,8 @@ def maze_summaries(runs: list[Run], section: Section) -> list[str]:
         cells += [cell(list(rates.mean(0)) if found else [], runs, section, 3, error=True)]
         if mazes is SEVEN:
             late = [x for x in map(late_mean, runs) if not np.isnan(x)]
-            cells += [cell(late, runs, section, 3, error=True)]
+            shorter = [replace(run, episodes=run["eval_episodes"]) for run in runs]  # evaluations during the training
+            cells += [cell(late, shorter, section, 3, error=True)]
         cells += [f"{number(iqm(rates), 3)}{interval(list(rates), 3, paired=True)}{note}" if found else "–"]
     return cells
 
@@ -752,8 +757,8 @@ FIRST = """\
 # Training runs beside the published numbers
 
 Written by `python benchmarks/report.py` from the folders in `runs/`; do not edit. Runs of one length stand side by
-side. A cell says what it has less than the published number: runs (10 in both papers), steps (25M in Procgen, 250M in
-mazes), episodes (100).
+side. Each cell names where its number falls short of the published one: fewer runs (10), steps (25M in Procgen, 250M in
+mazes) or episodes (100).
 
 **Procgen.** Return on unseen levels, final policy, stochastic; mean ± standard deviation over runs (ddof 0), as in
 Table 2 of the PLR paper; of a single run ± the standard error over its episodes. Normalised: each run's return over the
@@ -762,7 +767,8 @@ uniform baseline's mean, averaged over the games that have both; IQM: over these
 **Mazes.** Share of episodes solved zero-shot, stochastic policy; mean ± standard error over runs (ddof 1). Of a single
 run's 100 episodes in a maze chance alone makes up to ± 0.05, and one run may always solve a maze that another never
 does. dcd's columns are computed from its per-seed results. IQM: in a maze over runs, in the last rows over mazes and
-runs together, without the lowest and the highest quarter (of 7 numbers one at each end).
+runs together, without the lowest and the highest quarter (of 7 numbers one at each end). One checkpoint of one run says
+little: another row has the mean over the evaluations in the last quarter of the run.
 
 [95 % intervals], from five runs on: bootstrap; in Procgen runs are drawn anew within each game, in mazes whole runs,
 since one run plays all mazes. p: Welch's t-test, two-sided, not corrected for the number of tests; the paper's follow

@@ -233,8 +233,10 @@ def test_one_experiment_and_seed_twice_is_refused_or_told_apart(tmp_path, capsys
     assert "again and plr1 are one experiment with the same seed" in capsys.readouterr().err
     args = json.loads((tmp_path / "again" / "args.json").read_text())
     (tmp_path / "again" / "args.json").write_text(json.dumps(args | {"precision": "fp32"}))
-    text = report.report(tmp_path.iterdir())[0]
-    assert {"PLR, bf16", "PLR, fp32"} <= set(table_of(text, "test return")["test return"])
+    starpilot(tmp_path, "plr", 2, 40.0)
+    rows = table_of(report.report(tmp_path.iterdir())[0], "test return")
+    both = dict(zip(rows["test return"], rows["starpilot"]))
+    assert both["PLR, fp32"].startswith("30.00") and both["PLR, bf16"] == "35.00 ± 5.00 (2 runs)"
 
 
 def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_others(tmp_path):

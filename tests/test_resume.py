@@ -155,11 +155,11 @@ def test_a_run_that_cannot_be_loaded_is_left_as_it_is(damage, script, finished_r
     elif damage == "malicious":
         path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "hacked").encode() + b"'\ntR.")
     elif damage == "newer":
-        torch.save(torch.load(path, weights_only=True) | {"format": f"{script.__name__} 2"}, path)
-        why = f"the format of its checkpoint is '{script.__name__} 2', this script's is '{script.__name__} 1'"
+        torch.save(torch.load(path, weights_only=True) | {"format": f"{script.__name__} 99"}, path)
+        why = f"the format of its checkpoint is '{script.__name__} 99', this script's is '{script.FORMAT}'"
     elif damage == "foreign":
         shutil.copy(finished_run(other) / "checkpoint.pt", path)
-        why = f"the format of its checkpoint is '{other.__name__} 1'"
+        why = f"the format of its checkpoint is '{other.FORMAT}'"
     else:
         path.unlink()
         why = "[Errno 2] No such file"
