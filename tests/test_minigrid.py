@@ -797,8 +797,10 @@ def test_evaluate_repeats_the_final_evaluation_and_takes_other_flags(finished):
     done = run(f"--evaluate {finished}")
     assert done.returncode == 0, done.stderr
     (path,) = finished.glob("evaluation_*.json")
-    final = result_of(finished)["evaluation"]
-    assert json.loads(path.read_text())["episodes"] == final["episodes"]
+    result, written = result_of(finished), json.loads(path.read_text())
+    assert all(written[key] == result[key] for key in ("global_step", "gradient_updates"))
+    final = result["evaluation"]
+    assert written["episodes"] == final["episodes"]
     assert f"solved_mean: {final['solved_mean']:.3f}" in done.stdout and "1 episodes in each" in done.stdout
     path.unlink()
 

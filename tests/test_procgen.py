@@ -443,8 +443,9 @@ def test_evaluate_repeats_the_final_evaluation_and_takes_other_flags(finished):
     assert done.returncode == 0, done.stderr
     (path,) = finished.glob("evaluation_*.json")
     final = result_of(finished)["evaluation"]
-    assert json.loads(path.read_text())["episodes"] == final["episodes"]
-    assert f"test_return: {final['test_return']:.2f} +- {final['test_return_std']:.2f} over 2 levels" in done.stdout
+    written = json.loads(path.read_text())
+    assert written["episodes"] == final["episodes"] and written["global_step"] == result_of(finished)["global_step"]
+    assert f"test_return: {final['test_return']:.2f} +- {final['test_return_std']:.2f} over 2 episodes" in done.stdout
     path.unlink()
     done = run(f"--evaluate {finished} --eval-episodes 3 --start-level 50 --num-levels 3 --capture-video")
     assert done.returncode == 0, done.stderr
