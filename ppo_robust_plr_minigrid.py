@@ -18,6 +18,7 @@ takes the critic's value at both, and scores the cut episode too (not by max_mc,
 
 import contextlib
 import ctypes
+import heapq
 import importlib.util
 import io
 import itertools
@@ -76,7 +77,7 @@ NAMED_MAZES = {name: np.array([list(row) for row in rows]) for name, rows in NAM
 
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
 SCORES = "max_mc positive_value_loss value_l1 gae one_step_td_error policy_entropy least_confidence min_margin".split()
-FORMAT = "ppo_robust_plr_minigrid 2"  # of checkpoint.pt
+FORMAT = "ppo_robust_plr_minigrid 3"  # of checkpoint.pt
 RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
 FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile resume evaluate".split()
 FIRST_TEST_LEVEL = 2**30  # levels (reset seeds) below are for training, those from here on for evaluation
@@ -260,8 +261,7 @@ def random_mazes(levels: np.ndarray, size: int, num_walls: int, vary: bool = Fal
     blocks = below(slice(4, None), cells)  # (n, num_walls)
     if vary:  # the first 0 to num_walls of them; the others go to a cell that is cut off
         blocks[np.arange(num_walls) >= below(3, num_walls + 1)[:, None]] = cells
-    rows = np.arange(n)
-    walls = np.zeros((n, cells + 1), bool)
+    rows, walls = np.arange(n), np.zeros((n, cells + 1), bool)
     walls[rows[:, None], blocks] = True
     walls[rows, goal] = walls[rows, agent] = False
     walls = walls[:, :cells].reshape(n, side, side)
@@ -442,10 +442,9 @@ def make_minigrid(env_id: str, num_envs: int, device: torch.device, **options: A
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
     """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
-    if args.env_id == "maze":
-        walls = (args.num_walls, args.vary_num_walls)
-        return MazeEnvs(num_envs, device, args.maze_size, args.max_steps, *walls, args.compile)
-    return make_minigrid(args.env_id, num_envs, device)
+    if args.env_id != "maze":
+        return make_minigrid(args.env_id, num_envs, device)
+    return MazeEnvs(num_envs, device, args.maze_size, args.max_steps, args.num_walls, args.vary_num_walls, args.compile)
 
 
 # ---- network --------------------------------------------------------------------------------------------------------
@@ -459,25 +458,23 @@ def head(size: int, std: float) -> nn.Sequential:
     return layers
 
 
-def episode_segments(starts: np.ndarray) -> tuple[list[np.ndarray], np.ndarray]:
-    """Cuts a rollout where episodes begin, so that the LSTM can run over whole episodes instead of step by step.
-    starts: (T, N) bool, obs[t] begins an episode. Returns batches of segments of similar length: (length, segments)
-    int64 step numbers t * N + n, the last one repeated as padding; and where each step is in them, (T * N,) int64."""
+def episode_rows(starts: np.ndarray) -> tuple[int, np.ndarray]:
+    """Lays the episodes of a rollout into N rows of about the same length, with a step left free between two of a row,
+    so that the LSTM runs over whole episodes, all rows at once. starts: (T, N) bool, obs[t] begins an episode. Returns
+    the length L of the rows and where each step is in them, (T * N,) int64 cells of (L, N)."""
     T, N = starts.shape
     begins = starts.T.copy()  # (N, T): one environment after another
     begins[:, 0] = True
     first = np.flatnonzero(begins)
     length = np.diff(np.append(first, T * N))
-    size_class = np.ceil(np.log(length) / math.log(1.5))  # within a class, no segment is 1.5 times another
-    batches, where, offset = [], np.zeros(T * N, np.int64), 0
-    for this in np.unique(size_class):
-        first_here, length_here = first[size_class == this], length[size_class == this]
-        step = first_here + np.minimum(np.arange(length_here.max())[:, None], length_here - 1)
-        batch = step % T * N + step // T
-        where[batch.ravel()[::-1]] = np.arange(offset, offset + batch.size)[::-1]  # backwards: a step beats its padding
-        batches.append(batch)
-        offset += batch.size
-    return batches, where
+    longest_first = np.argsort(-length, kind="stable")
+    rows, put = [(0, row) for row in range(N)], []  # a heap of (steps taken, row), the shortest first
+    for steps in length[longest_first].tolist():
+        put.append(rows[0])
+        heapq.heapreplace(rows, (rows[0][0] + steps + 1, rows[0][1]))
+    t, row = np.array(put)[longest_first.argsort()].repeat(length, axis=0).T  # of its episode's start, for each step
+    cell = (t + np.arange(T * N) - first.repeat(length)) * N + row
+    return max(rows)[0] - 1, cell.reshape(N, T).T.ravel()
 
 
 class Agent(nn.Module):
@@ -488,9 +485,12 @@ class Agent(nn.Module):
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
         nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
-        self.lstm = nn.LSTM(16 * (h - 2) * (w - 2) + 5, 256)
+        features = 16 * (h - 2) * (w - 2) + 5
+        self.lstm = nn.LSTM(math.ceil((features + 1) / 32) * 32, 256)  # zeros to a multiple of 32: bf16 is faster
         for name, parameter in self.lstm.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
+        for gate in (0, 1, 3):  # i, f, o: a last input of 1 shuts them. Then h = c = 0, and no gradient passes
+            self.lstm.weight_ih_l0.data.chunk(4)[gate][:, -1] = -1e4
         self.actor = head(int(envs.single_action_space.n), std=0.01)
         self.critic = head(1, std=1.0)
 
@@ -502,7 +502,7 @@ class Agent(nn.Module):
             pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)
             conv = nn.functional.conv2d(pixels, self.conv.weight / 10.0).flatten(1)
             weights = [conv, self.conv.bias.repeat_interleave((h - 2) * (w - 2))]
-            lstm = torch.cat((self.lstm.weight_ih_l0, self.lstm.weight_hh_l0), dim=1)
+            lstm = torch.cat((self.lstm.weight_ih_l0[:, : conv.shape[1] + 5], self.lstm.weight_hh_l0), dim=1)
             for x in (lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0):
                 i, f, g, o = x.chunk(4)
                 weights.append(torch.cat((i, f, o, g)).t().contiguous())
@@ -529,16 +529,18 @@ class Agent(nn.Module):
         return (logits.exp() / clocks).argmax(-1), out[:, -1], logits, (h, c)
 
     def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> the LSTM's outputs as padded segments (P, 256);
-        where in them each step is (T * N,). The padding goes last, after the heads: it is cheapest there."""
-        batches, where = episode_segments(starts)
-        order = torch.from_numpy(np.concatenate([batch.ravel() for batch in batches])).to(image.device)
-        image, direction = image.flatten(0, 1).index_select(0, order), direction.flatten().index_select(0, order)
+        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> the LSTM's outputs in `episode_rows` (P, 256);
+        where in them each step is (T * N,). The free steps go last, after the heads: it is cheapest there."""
+        length, where = episode_rows(starts)
+        where = torch.from_numpy(where).to(image.device)
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
-            x = torch.relu(self.conv(image.permute(0, 3, 1, 2) / 10.0)).flatten(1)  # "bwhc" -> "bcwh"
-            parts = torch.cat((x, self.direction(direction)), dim=1).split([batch.size for batch in batches])
-            outputs = [self.lstm(x.view(*b.shape, -1))[0].flatten(0, 1) for x, b in zip(parts, batches)]
-            return torch.cat(outputs).float(), torch.from_numpy(where).to(x.device)
+            x = torch.relu(self.conv(image.flatten(0, 1).permute(0, 3, 1, 2) / 10.0)).flatten(1)  # "bwhc" -> "bcwh"
+            x = torch.cat((x, self.direction(direction.flatten())), dim=1)
+            x = nn.functional.pad(x, (0, self.lstm.input_size - x.shape[1]))
+            rows = x.new_zeros((length * starts.shape[1], x.shape[1]))
+            rows[:, -1] = 1  # in the free steps
+            rows = rows.index_copy(0, where, x).view(length, -1, x.shape[1])
+            return self.lstm(rows)[0].flatten(0, 1).float(), where
 
     def evaluate_actions(self, hidden: Tensor, where: Tensor, action: Tensor) -> tuple[Tensor, ...]:
         """hidden (P, 256) and where (B,) from `unroll`, action (B,) -> log-probability, entropy and value (B,)."""

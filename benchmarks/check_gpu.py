@@ -256,7 +256,7 @@ def same_network(name: str, script: ModuleType, args: Args, precision: str, comp
 
 
 def same_acting(script: ModuleType, args: Args, precision: str, compile: bool) -> Outcome:
-    """`act`, step by step with dones in between, against `unroll` of whole segments, which is what is learned from."""
+    """`act`, step by step with dones in between, against `unroll` of whole episodes, which is what is learned from."""
     device, data = choose_device(script, args, precision), minibatch("mazes", script, args.tiny)
     agent = make_agent("mazes", script, precision, device)
     unrolled = learn("mazes", agent, data, device)

@@ -152,10 +152,10 @@ def test_a_wrong_parameter_or_precision_fails(wrong, name, monkeypatch):
         assert outcome(check_gpu.same_acting, script, TINY, precision, False) == "FAIL"
 
 
-def test_segments_that_forget_an_episodes_end_fail(monkeypatch):
-    script, segments = ppo_robust_plr_minigrid, ppo_robust_plr_minigrid.episode_segments
+def test_rows_that_forget_an_episodes_end_fail(monkeypatch):
+    script, rows = ppo_robust_plr_minigrid, ppo_robust_plr_minigrid.episode_rows
     check_gpu.truth("mazes", script, True)
-    monkeypatch.setattr(script, "episode_segments", lambda starts: segments(np.zeros_like(starts)))
+    monkeypatch.setattr(script, "episode_rows", lambda starts: rows(np.zeros_like(starts)))
     assert outcome(check_gpu.same_network, "mazes", script, TINY, "fp32", False) == "FAIL"
     assert outcome(check_gpu.same_acting, script, TINY, "fp32", False) == "FAIL"
 

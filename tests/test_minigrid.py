@@ -16,6 +16,9 @@ import support
 import torch
 import torch.nn as nn
 import tyro
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra.numpy import arrays
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
 from minigrid.core.world_object import Goal, Wall
@@ -268,7 +271,7 @@ def test_pictures_are_the_packages():
     assert envs.frame().shape == (120, 120, 3)
 
 
-# ---- the LSTM over segments -----------------------------------------------------------------------------------------
+# ---- the LSTM over whole episodes -----------------------------------------------------------------------------------
 
 
 def step_by_step(agent, images, directions, starts):
@@ -293,7 +296,7 @@ def agent():
     return script.Agent(script.MazeEnvs(1, CPU))
 
 
-def test_segments_equal_steps_with_a_done_in_every_position(agent):
+def test_rows_equal_steps_with_a_done_in_every_position(agent):
     T = 9
     starts = np.array([[bool(bits >> t & 1) for bits in range(2**T)] for t in range(T)])  # every pattern of dones
     images, directions = random_rollout(T, 2**T)
@@ -304,13 +307,51 @@ def test_segments_equal_steps_with_a_done_in_every_position(agent):
 
 
 @pytest.mark.parametrize("share", [0, 0.01, 0.1, 0.5, 1])
-def test_segments_equal_steps_in_long_rollouts(agent, share):
+def test_rows_equal_steps_in_long_rollouts(agent, share):
     starts = np.random.default_rng(1).random((256, 8)) < share
     images, directions = random_rollout(256, 8)
     with torch.no_grad():
         hidden, where = agent.unroll(images, directions, starts)
         got = hidden[where]
         assert torch.allclose(got, step_by_step(agent, images, directions, starts), atol=1e-5)
+
+
+@given(arrays(bool, st.tuples(st.integers(1, 12), st.integers(1, 6))))
+def test_rows_hold_every_step_of_an_episode_in_its_order_and_a_free_step_between_two(starts):
+    T, N = starts.shape
+    length, where = script.episode_rows(starts)
+    t, row = (x.reshape(T, N) for x in np.divmod(where, N))
+    assert len(set(where.tolist())) == T * N and where.max() < length * N
+    assert ((np.diff(t, axis=0) == 1) & (np.diff(row, axis=0) == 0))[~starts[1:]].all()
+    begins = starts | (np.arange(T) == 0)[:, None]
+    taken = np.zeros((length, N), int)  # of which episode
+    taken[t, row] = begins.cumsum(0) + 100 * np.arange(N)
+    assert not ((taken[1:] != taken[:-1]) & (taken[1:] > 0) & (taken[:-1] > 0)).any()
+    mean = (T * N + begins.sum()) / N
+    assert length < mean + T  # no row is longer than the average one by an episode
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_nothing_passes_from_one_episode_of_a_row_to_the_next(precision):
+    torch.manual_seed(0)
+    agent = script.Agent(script.MazeEnvs(1, CPU), precision)
+    starts = np.random.default_rng(2).random((64, 8)) < 0.1
+    images, directions = random_rollout(64, 8)
+    hidden, where = agent.unroll(images, directions, starts)
+    free = torch.ones(len(hidden), dtype=bool).index_fill(0, where, False)
+    assert free.sum() > 10 and (hidden[free] == 0).all()
+    late = torch.from_numpy(starts[32:].cumsum(0) > 0)  # steps of episodes that begin in the second half
+    hidden[where].view(64, 8, 256)[32:][late].pow(2).sum().backward()
+    shut = agent.lstm.weight_ih_l0.grad[:, -1]
+    assert (shut == 0).all() and agent.lstm.weight_hh_l0.grad.abs().max() > 0
+    gradient = agent.lstm.weight_hh_l0.grad.clone()
+    agent.zero_grad()
+    images[:32] = 9 - images[:32]  # what came before those episodes does not matter, to their gradients neither
+    for t in range(32, 64):
+        images[t][~late[t - 32]] = 0
+    hidden, where = agent.unroll(images, directions, starts)
+    hidden[where].view(64, 8, 256)[32:][late].pow(2).sum().backward()
+    assert torch.equal(agent.lstm.weight_hh_l0.grad, gradient)
 
 
 # ---- numbers, on an environment small enough to do by hand -----------------------------------------------------------
@@ -639,7 +680,7 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
         "--curriculum dr --num-envs 4 --num-steps 120 --total-timesteps 480 --maze-size 5 --num-walls 0 --max-steps 30"
     )
     flags += " --num-minibatches 2 --update-epochs 2 --gamma 0.9 --gae-lambda 0.8 --clip-coef 0.002 --ent-coef 0.05"
-    flags += " --vf-coef 0.7 --max-grad-norm 0.3 --learning-rate 0.003 --seed 2"
+    flags += " --vf-coef 0.7 --max-grad-norm 0.3 --learning-rate 0.003 --seed 4"
     main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
 
     images, directions, actions, values, logits = (torch.stack(x) for x in zip(*acts[:120]))
@@ -665,8 +706,8 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
                     state = tuple(x * torch.tensor(~dones[t - 1][index])[:, None] for x in state)
                 x = torch.relu(agent.conv(images[t, index].permute(0, 3, 1, 2) / 10)).flatten(1)
                 x = torch.cat((x, agent.direction(directions[t, index])), dim=1)
-                w = [parameters[f"lstm.{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
-                state = torch.lstm_cell(x, state, *w)
+                w, *more = [parameters[f"lstm.{name}_l0"] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh")]
+                state = torch.lstm_cell(x, state, w[:, : x.shape[1]], *more)  # not the inputs between episodes
                 hidden.append(state[0])
             hidden = torch.stack(hidden)
             log_p, value = torch.log_softmax(agent.actor(hidden), -1), agent.critic(hidden)[..., 0]
@@ -675,6 +716,8 @@ def test_one_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     trained = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)["agent"]
     for name, parameter in parameters.items():
         assert not torch.equal(trained[name], start[name]), f"{name} was not trained"
+        if name == "lstm.weight_ih_l0":  # the inputs without a feature, and the one between episodes
+            assert torch.equal(trained[name][:, x.shape[1] :], start[name][:, x.shape[1] :])
         torch.testing.assert_close(trained[name], parameter.detach(), rtol=1e-3, atol=3e-5)
     logged = rows(tmp_path / "run/progress.csv")[0]
     expected = np.mean(plain.losses, 0)
