@@ -11,9 +11,9 @@
 Robust PLR: "Replay-Guided Adversarial Environment Design" (Jiang et al. 2021, arXiv 2110.02439), Algorithm 1. PLR:
 arXiv 2010.03934. PPO: CleanRL. Defaults: the released 25-block configuration; README.md lists deviations, logged keys.
 
-Every rollout is either all replay or all new levels and starts fresh episodes. A time limit and the rollout's end both
-count 0 from there on, as in dcd, and an episode that the rollout cuts off is not scored. --bootstrap-timeouts
-takes the critic's value at both, and scores the cut episode too (not by max_mc, which needs whole ones).
+A rollout starts fresh episodes, all on replayed levels or all on new ones. Its end and a time limit count 0 from there
+on, as in dcd, and an episode that is cut off is not scored. With --bootstrap-timeouts the critic's value counts at
+both, and the cut episode is scored too (not by max_mc, which needs whole ones).
 """
 
 import contextlib
@@ -140,7 +140,7 @@ class Args:
     evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: somewhat faster on CPUs with AMX or AVX512-BF16
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: up to twice as fast on CPUs with AMX
     compile: bool = False  # torch.compile the step of the mazes and the acting network's; the update is not
     profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
     batch_size: int = field(init=False)
@@ -463,15 +463,12 @@ def episode_rows(starts: np.ndarray) -> tuple[int, np.ndarray]:
     so that the LSTM runs over whole episodes, all rows at once. starts: (T, N) bool, obs[t] begins an episode. Returns
     the length L of the rows and where each step is in them, (T * N,) int64 cells of (L, N)."""
     T, N = starts.shape
-    begins = starts.T.copy()  # (N, T): one environment after another
-    begins[:, 0] = True
-    first = np.flatnonzero(begins)
+    first = np.flatnonzero(starts.T | (np.arange(T) == 0))  # steps of each episode, one environment after another
     length = np.diff(np.append(first, T * N))
     longest_first = np.argsort(-length, kind="stable")
     rows, put = [(0, row) for row in range(N)], []  # a heap of (steps taken, row), the shortest first
     for steps in length[longest_first].tolist():
-        put.append(rows[0])
-        heapq.heapreplace(rows, (rows[0][0] + steps + 1, rows[0][1]))
+        put.append(heapq.heapreplace(rows, (rows[0][0] + steps + 1, rows[0][1])))
     t, row = np.array(put)[longest_first.argsort()].repeat(length, axis=0).T  # of its episode's start, for each step
     cell = (t + np.arange(T * N) - first.repeat(length)) * N + row
     return max(rows)[0] - 1, cell.reshape(N, T).T.ravel()
@@ -480,29 +477,31 @@ def episode_rows(starts: np.ndarray) -> tuple[int, np.ndarray]:
 class Agent(nn.Module):
     def __init__(self, envs: gym.vector.VectorEnv, precision: str = "fp32"):
         super().__init__()
-        h, w, c = envs.single_observation_space["image"].shape
-        self.bf16, self.view = precision == "bf16", (h, w)
+        h, w, c = self.view = envs.single_observation_space["image"].shape
+        self.bf16 = precision == "bf16"
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
         nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
-        features = 16 * (h - 2) * (w - 2) + 5
-        self.lstm = nn.LSTM(math.ceil((features + 1) / 32) * 32, 256)  # zeros to a multiple of 32: bf16 is faster
+        self.lstm = nn.LSTM(math.ceil((16 * (h - 2) * (w - 2) + 5 + 1) / 32) * 32, 256)  # whole tiles: bf16 is faster
         for name, parameter in self.lstm.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
-        for gate in (0, 1, 3):  # i, f, o: a last input of 1 shuts them. Then h = c = 0, and no gradient passes
+        for gate in (0, 1, 3):  # i, f, o: 1 in the last input shuts them, then h = c = 0 and no gradient passes
             self.lstm.weight_ih_l0.data.chunk(4)[gate][:, -1] = -1e4
         self.actor = head(int(envs.single_action_space.n), std=0.01)
         self.critic = head(1, std=1.0)
 
+    def convolution(self) -> list[Tensor]:
+        """Weight (75, 144), bias (144,): so few pixels, divided by 10, are convolved faster as one matrix product."""
+        h, w, c = self.view
+        pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)  # "bcwh"
+        weight = nn.functional.conv2d(pixels, self.conv.weight / 10.0).flatten(1)
+        return [weight, self.conv.bias.repeat_interleave((h - 2) * (w - 2))]
+
     def step_weights(self) -> list[Tensor]:
-        """For `act`, once per rollout, weight and bias: the convolution as a (75, 144) matrix; the LSTM, its gates as
-        i, f, o, g; the first layers of both heads in one, then the second ones."""
+        """For `act`, once per rollout: weight and bias of the convolution, the LSTM (i, f, o, g), the heads' layers."""
         with torch.no_grad():
-            (h, w), c = self.view, self.conv.in_channels
-            pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)
-            conv = nn.functional.conv2d(pixels, self.conv.weight / 10.0).flatten(1)
-            weights = [conv, self.conv.bias.repeat_interleave((h - 2) * (w - 2))]
-            lstm = torch.cat((self.lstm.weight_ih_l0[:, : conv.shape[1] + 5], self.lstm.weight_hh_l0), dim=1)
+            weights = self.convolution()
+            lstm = torch.cat((self.lstm.weight_ih_l0[:, : weights[0].shape[1] + 5], self.lstm.weight_hh_l0), dim=1)
             for x in (lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0):
                 i, f, g, o = x.chunk(4)
                 weights.append(torch.cat((i, f, o, g)).t().contiguous())
@@ -532,14 +531,13 @@ class Agent(nn.Module):
         """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> the LSTM's outputs in `episode_rows` (P, 256);
         where in them each step is (T * N,). The free steps go last, after the heads: it is cheapest there."""
         length, where = episode_rows(starts)
-        where = torch.from_numpy(where).to(image.device)
+        where, (conv, conv_bias) = torch.from_numpy(where).to(image.device), self.convolution()
         with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
-            x = torch.relu(self.conv(image.flatten(0, 1).permute(0, 3, 1, 2) / 10.0)).flatten(1)  # "bwhc" -> "bcwh"
+            x = torch.relu(torch.addmm(conv_bias, image.flatten(0, 1).flatten(1).float(), conv))
             x = torch.cat((x, self.direction(direction.flatten())), dim=1)
             x = nn.functional.pad(x, (0, self.lstm.input_size - x.shape[1]))
-            rows = x.new_zeros((length * starts.shape[1], x.shape[1]))
-            rows[:, -1] = 1  # in the free steps
-            rows = rows.index_copy(0, where, x).view(length, -1, x.shape[1])
+            free = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[-1]  # the input between two episodes
+            rows = free.repeat(length * starts.shape[1], 1).index_copy(0, where, x).view(length, -1, len(free))
             return self.lstm(rows)[0].flatten(0, 1).float(), where
 
     def evaluate_actions(self, hidden: Tensor, where: Tensor, action: Tensor) -> tuple[Tensor, ...]:
