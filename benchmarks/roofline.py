@@ -351,7 +351,7 @@ step**: one is acted on once and learnt from in 3 epochs (Procgen), or in 5 epoc
 Robust PLR). Rollouts of 256 steps; 64 environments of Procgen, 8 minibatches; mazes: one minibatch, of at most 1,024.
 
 - **MFLOP**: convolutions and matrix products. PyTorch does not count its fused LSTM: by hand 2 x weights x steps, twice
-  that backward, padding included. **MB by operator**: inputs and outputs of every operator that runs, nothing fused,
+  that backward, padding and free steps included. **MB by operator**: inputs and outputs of all operators, not fused,
   nothing in a cache. **MB fused**: the least: the observation, each layer's output written once forward and read once
   backward, weights and Adam's moments once per minibatch; for acting the observation and the weights.
 - Microseconds. **bound**: FLOPs / peak or MB fused / bandwidth, the longer one; the environment's is itself alone,
@@ -359,9 +359,9 @@ Robust PLR). Rollouts of 256 steps; 64 environments of Procgen, 8 minibatches; m
   best that unfused operators do without caches. **calls alone**: as many of the smallest operator. **reached**: bound /
   measured.
 - Counted in the script's second iteration on the CPU, whose operators are a GPU's but for the LSTM's; Procgen's and
-  those of many mazes in a shorter rollout. The policy is random then and episodes of mazes are long: a trained
-  policy's are padded more. An LSTM is one call, of up to 250 steps that wait for each other: neither the bound nor the
-  calls know that.
+  those of many mazes in a shorter rollout. The policy is random then and episodes of mazes are long: a trained one's
+  have more free steps between them. The LSTM learns in one call of some 270 steps that wait for each other: neither the
+  bound nor the calls know that.
 """
 
 
