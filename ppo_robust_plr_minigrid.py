@@ -140,7 +140,7 @@ class Args:
     evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: up to twice as fast on CPUs with AMX
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: faster on CPUs with AMX; a GPU learns in tf32 with it
     compile: bool = False  # torch.compile the step of the mazes and the acting network's; the update is not
     profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
     batch_size: int = field(init=False)
@@ -459,19 +459,19 @@ def head(size: int, std: float) -> nn.Sequential:
 
 
 def episode_rows(starts: np.ndarray) -> tuple[int, np.ndarray]:
-    """Lays the episodes of a rollout into N rows of about the same length, with a step left free between two of a row,
-    so that the LSTM runs over whole episodes, all rows at once. starts: (T, N) bool, obs[t] begins an episode. Returns
-    the length L of the rows and where each step is in them, (T * N,) int64 cells of (L, N)."""
+    """Lays the episodes of a rollout one after another into N rows of about the same length, for one call of the LSTM.
+    A step is left free between two, in which it forgets (see Agent). starts: (T, N) bool, obs[t] begins an episode.
+    Returns the length L of the rows and the place l * N + row of each step in them, (T * N,) int64."""
     T, N = starts.shape
     first = np.flatnonzero(starts.T | (np.arange(T) == 0))  # steps of each episode, one environment after another
     length = np.diff(np.append(first, T * N))
     longest_first = np.argsort(-length, kind="stable")
-    rows, put = [(0, row) for row in range(N)], []  # a heap of (steps taken, row), the shortest first
-    for steps in length[longest_first].tolist():
+    rows, put = [(0, row) for row in range(N)], []  # a heap of (steps taken, row)
+    for steps in length[longest_first].tolist():  # each to the row that is the shortest so far
         put.append(heapq.heapreplace(rows, (rows[0][0] + steps + 1, rows[0][1])))
     t, row = np.array(put)[longest_first.argsort()].repeat(length, axis=0).T  # of its episode's start, for each step
-    cell = (t + np.arange(T * N) - first.repeat(length)) * N + row
-    return max(rows)[0] - 1, cell.reshape(N, T).T.ravel()
+    place = (t + np.arange(T * N) - first.repeat(length)) * N + row
+    return max(rows)[0] - 1, place.reshape(N, T).T.ravel()
 
 
 class Agent(nn.Module):
@@ -482,16 +482,17 @@ class Agent(nn.Module):
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
         nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
-        self.lstm = nn.LSTM(math.ceil((16 * (h - 2) * (w - 2) + 5 + 1) / 32) * 32, 256)  # whole tiles: bf16 is faster
+        inputs = 16 * (h - 2) * (w - 2) + 5 + 1  # of convolution and direction; the last input: 1 between two episodes
+        self.lstm = nn.LSTM(math.ceil(inputs / 32) * 32, 256)  # zeros in between: bf16 is faster in whole tiles
         for name, parameter in self.lstm.named_parameters():
             nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
-        for gate in (0, 1, 3):  # i, f, o: 1 in the last input shuts them, then h = c = 0 and no gradient passes
-            self.lstm.weight_ih_l0.data.chunk(4)[gate][:, -1] = -1e4
+        # that shuts the gates i and f: c = 0, h = 0, and no gradient passes, not even to these weights, so they stay
+        self.lstm.weight_ih_l0.data[: 2 * 256, -1] = -1e4
         self.actor = head(int(envs.single_action_space.n), std=0.01)
         self.critic = head(1, std=1.0)
 
-    def convolution(self) -> list[Tensor]:
-        """Weight (75, 144), bias (144,): so few pixels, divided by 10, are convolved faster as one matrix product."""
+    def conv_matrix(self) -> list[Tensor]:
+        """The convolution of pixels / 10 as a matrix, faster for so few: weight (75, 144), bias (144,)."""
         h, w, c = self.view
         pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)  # "bcwh"
         weight = nn.functional.conv2d(pixels, self.conv.weight / 10.0).flatten(1)
@@ -500,7 +501,7 @@ class Agent(nn.Module):
     def step_weights(self) -> list[Tensor]:
         """For `act`, once per rollout: weight and bias of the convolution, the LSTM (i, f, o, g), the heads' layers."""
         with torch.no_grad():
-            weights = self.convolution()
+            weights = self.conv_matrix()
             lstm = torch.cat((self.lstm.weight_ih_l0[:, : weights[0].shape[1] + 5], self.lstm.weight_hh_l0), dim=1)
             for x in (lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0):
                 i, f, g, o = x.chunk(4)
@@ -529,15 +530,15 @@ class Agent(nn.Module):
 
     def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
         """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> the LSTM's outputs in `episode_rows` (P, 256);
-        where in them each step is (T * N,). The free steps go last, after the heads: it is cheapest there."""
+        where in them each step is (T * N,). bf16 on CPUs only: a GPU's autocast runs LSTMs in float16, too coarse."""
         length, where = episode_rows(starts)
-        where, (conv, conv_bias) = torch.from_numpy(where).to(image.device), self.convolution()
-        with torch.autocast(image.device.type, torch.bfloat16, enabled=self.bf16):
+        where, (conv, conv_bias) = torch.from_numpy(where).to(image.device), self.conv_matrix()
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and not image.is_cuda):
             x = torch.relu(torch.addmm(conv_bias, image.flatten(0, 1).flatten(1).float(), conv))
-            x = torch.cat((x, self.direction(direction.flatten())), dim=1)
+            x = torch.cat((x, self.direction(direction.flatten()).to(x.dtype)), dim=1)
             x = nn.functional.pad(x, (0, self.lstm.input_size - x.shape[1]))
             free = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[-1]  # the input between two episodes
-            rows = free.repeat(length * starts.shape[1], 1).index_copy(0, where, x).view(length, -1, len(free))
+            rows = free.repeat(length * starts.shape[1], 1).index_copy_(0, where, x).view(length, -1, len(free))
             return self.lstm(rows)[0].flatten(0, 1).float(), where
 
     def evaluate_actions(self, hidden: Tensor, where: Tensor, action: Tensor) -> tuple[Tensor, ...]:
@@ -702,8 +703,8 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     # without these, cuDNN's LSTM and compiled kernels need not repeat bit for bit
     os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:2", "TORCHINDUCTOR_DETERMINISTIC": "1"} | os.environ
-    # cuDNN would use TF32 by default: fp32 means fp32 here
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    # cuDNN would use TF32 by default: fp32 means fp32 here. With bf16 it is what a GPU learns in
+    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     cuda = args.cuda and torch.cuda.is_available()
     if WORLD > 1:
         store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
@@ -910,7 +911,6 @@ def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
         sampler.drop(next_done := np.ones(N, bool))  # the episodes that the last rollout cut off
         next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
         next_obs, _ = envs.reset(seed=next_levels[here].tolist())
-        # collect the trajectories
         lstm_state = tuple(torch.zeros((n, 256), device=device) for _ in range(2))
         step_weights = agent.step_weights()
         episode_return, episode_length = np.zeros(N), np.zeros(N, np.int64)
