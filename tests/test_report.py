@@ -246,7 +246,7 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
         for seed, rate in enumerate(rates, 1):
             solved = dict.fromkeys((f"solved_{maze}" for maze in report.SEVEN), rate)
             flags = {"seed": seed, "total_timesteps": steps, "eval_episodes": 100}
-            copy_run(tmp_path, f"{curriculum}{steps}_{seed}", f"mazes_{curriculum}_20M_seed1", solved, **flags)
+            copy_run(tmp_path, f"{curriculum}{steps}_{seed}", f"mazes_{curriculum}_60M_seed1_precision=bf16", solved, **flags)
     text, pictures, blocks = report.report(tmp_path.iterdir())
     assert list(pictures) == ["mazes_250M.png", "mazes_250M_by_maze.png", "mazes_250M_training.png"]
     rows = table_of(text, "share of episodes solved")
@@ -257,7 +257,7 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
     assert rows["Maze"] == [ours[0], *published[:2], ours[1], published[2], ours[2]]
     assert rows["mean of dcd's 7 mazes"][0] == ours[0] and rows["IQM of dcd's 7 mazes"][3] == "0.700 (1 run)"
     assert rows["IQM of dcd's 7 mazes"][0] == "0.300 (2 runs)"
-    assert rows["LargeCorridor"][1] == "–" and rows["gradient updates"][0] == "12,210 (2 runs)"
+    assert rows["LargeCorridor"][1] == "–" and rows["gradient updates"][0] == "36,625 (2 runs)"
     rows = table_of(text, "difference in the mean of dcd's 7 mazes")
     assert rows["Robust PLR − DR"] == ["+0.400 (1 run)", "+0.249, p 0.015"]
     assert rows["DR, ours − dcd"][0].startswith("−0.128, p ")

@@ -66,8 +66,8 @@ def test_mazes_start_dcds_30_runs_or_robust_plr_for_as_many_updates(monkeypatch,
 
 
 def test_gradient_matched_means_as_many_replays_as_dr_has_rollouts():
-    """Against the committed run: 5,935 updates, 5 in each rollout that replays."""
-    result = json.loads((collect.RUNS / "mazes_robust_plr_20M_seed1" / "result.json").read_text())
+    """Against the committed run: 18,075 updates, 5 in each rollout that replays."""
+    result = json.loads((collect.RUNS / "mazes_robust_plr_60M_seed1_precision=bf16" / "result.json").read_text())
     rollouts = result["gradient_updates"] // ppo_robust_plr_minigrid.Args().update_epochs
     steps = reproduce_mazes.gradient_matched_steps(rollouts * 256 * 32)
     assert abs(steps / result["global_step"] - 1) < 0.02
