@@ -246,7 +246,8 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
         for seed, rate in enumerate(rates, 1):
             solved = dict.fromkeys((f"solved_{maze}" for maze in report.SEVEN), rate)
             flags = {"seed": seed, "total_timesteps": steps, "eval_episodes": 100}
-            copy_run(tmp_path, f"{curriculum}{steps}_{seed}", f"mazes_{curriculum}_60M_seed1_precision=bf16", solved, **flags)
+            source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
+            copy_run(tmp_path, f"{curriculum}{steps}_{seed}", source, solved, **flags)
     text, pictures, blocks = report.report(tmp_path.iterdir())
     assert list(pictures) == ["mazes_250M.png", "mazes_250M_by_maze.png", "mazes_250M_training.png"]
     rows = table_of(text, "share of episodes solved")
