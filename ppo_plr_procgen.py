@@ -1,20 +1,22 @@
 """PPO + Prioritized Level Replay (PLR) on Procgen, in one file.
 
-    python ppo_plr_procgen.py --env-id bigfish                         # PLR with the paper's settings
-    python ppo_plr_procgen.py --env-id bigfish --curriculum uniform    # the baseline: levels drawn uniformly
-    python ppo_plr_procgen.py --env-id bigfish --score gae             # another score; write your own at "level scores"
-    python ppo_plr_procgen.py --resume runs/RUN                        # goes on where the run's last checkpoint is
-    torchrun --nproc-per-node 8 ppo_plr_procgen.py --env-id bigfish    # several GPUs or machines, one curriculum
+    python ppo_plr_procgen.py --env-id bigfish                       # PLR, the paper's settings
+    python ppo_plr_procgen.py --env-id bigfish --curriculum uniform  # baseline: levels at random
+    python ppo_plr_procgen.py --env-id bigfish --score gae           # another score of a level
+    python ppo_plr_procgen.py --resume runs/RUN                      # from the last checkpoint on
+    torchrun --nproc-per-node 8 ppo_plr_procgen.py --env-id bigfish  # several GPUs, one curriculum
     python ppo_plr_procgen.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
 PLR: Jiang, Grefenstette, Rocktaeschel, "Prioritized Level Replay", 2021 (arXiv 2010.03934).
 PPO and the names in this file: CleanRL's ppo_procgen.py. Network: IMPALA (arXiv 1802.01561).
 
-Procgen ends an episode at its time limit and shows neither that it did nor the last observation: as in the paper, a
-timeout is a terminal state here. README.md lists the logged keys and every deviation from the released code.
+To train on another environment, read Args, Agent, train() and make_envs(); what stands below the
+banner "machinery" can stay as it is. Procgen ends an episode at its time limit and shows neither
+that it did nor the last observation: as in the paper, a timeout is a terminal state here.
 """
 
 import contextlib
+import copy
 import ctypes
 import functools
 import importlib.util
@@ -28,7 +30,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -47,38 +49,45 @@ from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
 
-GAMES = "bigfish bossfight caveflyer chaser climber coinrun dodgeball fruitbot heist jumper leaper maze miner ninja "
-GAMES = (GAMES + "plunder starpilot").split()
-GAMES_WITH_MODE = {"easy": GAMES, "hard": GAMES, "extreme": "chaser dodgeball leaper starpilot".split()}
-GAMES_WITH_MODE["memory"] = "caveflyer dodgeball heist jumper maze miner".split()
-SCORES = "value_l1 gae positive_value_loss one_step_td_error policy_entropy least_confidence min_margin max_mc".split()
-FORMAT = "ppo_plr_procgen 2"  # of checkpoint.pt
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile env_threads resume evaluate".split()
-FIRST_TEST_LEVEL = 2**30  # levels below are for training, from here to 2**31 - 1 for testing: no run trains on those
+GAMES = (
+    "bigfish", "bossfight", "caveflyer", "chaser", "climber", "coinrun", "dodgeball", "fruitbot",
+    "heist", "jumper", "leaper", "maze", "miner", "ninja", "plunder", "starpilot",
+)  # fmt: skip
+GAMES_WITH_MODE = {
+    "easy": GAMES,
+    "hard": GAMES,
+    "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
+    "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
+}
+SCORES = (
+    "value_l1", "gae", "positive_value_loss", "one_step_td_error",
+    "policy_entropy", "least_confidence", "min_margin", "max_mc",
+)  # fmt: skip
+# levels below are for training, from here to 2**31 - 1 for testing: no run trains on those
+FIRST_TEST_LEVEL = 2**30
 
 
 @dataclass
 class Args:
     # Experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # part of the default run directory's name
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # part of the default run_dir's name
     seed: int = 1  # decides everything random; evaluation has random streams of its own
     torch_deterministic: bool = True  # choose deterministic kernels; the CPU's always are
     cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # also log to Weights and Biases; WANDB_PROJECT and WANDB_ENTITY name the project and team
-    run_dir: str | None = None  # where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given
-    checkpoint_interval: int = 10  # iterations between checkpoints (0: only at the start and the end)
-    resume: str | None = None  # continue the run in this directory exactly, with its flags; --total-timesteps may grow
+    track: bool = False  # log to Weights and Biases too: WANDB_PROJECT, WANDB_ENTITY name where
+    run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
+    checkpoint_interval: int = 10  # iterations between checkpoints (0: at the start and the end)
+    resume: str | None = None  # go on with the run in this directory; --total-timesteps may grow
 
     # Environment
-    env_id: Literal[tuple(GAMES)] = "starpilot"  # one of the 16 Procgen games
-    distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"  # Procgen's difficulty
-    num_levels: int = 200  # size of the training set of levels (0: no bound, for --curriculum uniform or sequential)
+    env_id: Literal[GAMES] = "starpilot"  # one of the 16 Procgen games
+    distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"  # the difficulty
+    num_levels: int = 200  # size of the training set of levels (0: no bound, uniform or sequential)
     start_level: int = 0  # the first training level
-    env_threads: int = 0  # Procgen's worker threads (0: one per CPU core). The result does not depend on it
+    env_threads: int = 0  # Procgen's worker threads (0: one per core); results do not depend on it
 
     # PPO (PLR paper, Table 3)
-    total_timesteps: int = 25_000_000  # environment steps of the whole run, rounded down to full iterations
+    total_timesteps: int = 25_000_000  # environment steps of the run, in full iterations
     learning_rate: float = 5e-4  # of Adam
     num_envs: int = 64  # environments played side by side, on all GPUs together
     num_steps: int = 256  # steps of each environment per rollout
@@ -91,31 +100,34 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # bound on the norm of the gradient
-    target_kl: float | None = None  # stop an iteration's epochs once the approximate KL divergence exceeds this
-    reward_norm_gamma: float = 0.99  # discount of the return whose variance scales the rewards; CleanRL has 0.999
+    target_kl: float | None = None  # end an iteration's epochs once approx_kl exceeds this
+    reward_norm_gamma: float = 0.99  # discount of the return that scales rewards; CleanRL: 0.999
 
     # PLR
-    curriculum: Literal["plr", "uniform", "sequential"] = "plr"  # PLR, levels at random, one after the other
-    score: Literal[tuple(SCORES)] = "value_l1"  # what is left to learn on a level; formulas at "level scores" below
-    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # the paper's h
+    curriculum: Literal["plr", "uniform", "sequential"] = "plr"  # which level is next
+    # estimate of a level's learning potential; the formulas stand at LEVEL SCORES in train()
+    score: Literal[SCORES] = "value_l1"
+    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"
     temperature: float = 0.1  # of the transform (the paper's beta): lower is greedier
     staleness_coef: float = 0.1  # share of replay by staleness (the paper's rho)
-    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"  # P(replay) = share seen, or 1 - nu
-    rho: float = 1.0  # share of levels to be seen before any is replayed. 1: as released; 0: as in the paper's text
+    # P(replay): proportionate: the share of levels seen; fixed: 1 - nu
+    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
+    rho: float = 1.0  # share of levels seen before any replay: 1 as released, 0 as in the paper
     nu: float = 0.5  # with the fixed schedule: probability of a new level while there are any
-    alpha: float = 1.0  # weight of a level's new score in its running mean (1: the last score counts)
-    stitch_episodes: bool = False  # score an episode that spans rollouts as a whole (the paper's Algorithm 4)
+    alpha: float = 1.0  # weight of a new score in a level's running mean (1: the last one counts)
+    stitch_episodes: bool = False  # score an episode across rollouts as a whole (Algorithm 4)
 
     # Evaluation
     eval_interval: int = 50  # iterations between evaluations (0: only at the end)
-    eval_episodes: int = 100  # on training levels, and on levels never trained on: each level once if there are enough
+    eval_episodes: int = 100  # on training levels, and as many on levels never trained on
     capture_video: bool = False  # write a GIF of a test episode at each evaluation
-    evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
+    evaluate: str | None = None  # only evaluate the run in this directory, with its flags
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: about twice as fast on CPUs with AMX or AVX512-BF16
+    # bf16: about twice as fast on CPUs with AMX or AVX512-BF16
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile the network
-    profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
+    profile: bool = False  # print the phases' shares of time; trace the last iteration
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
     num_iterations: int = field(init=False)
@@ -124,131 +136,6 @@ class Args:
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // max(self.num_minibatches, 1)
         self.num_iterations = self.total_timesteps // max(self.batch_size, 1)
-
-
-def refuse(reason: str, status: int = 2) -> None:
-    time.sleep(30 * (RANK > 0 and status == 2))  # rank 0 says it, and torchrun ends the others
-    print(f"error: {reason}", file=sys.stderr)
-    raise SystemExit(status)
-
-
-def check_args(args: Args) -> None:
-    """Refuses what cannot work, with one sentence and exit status 2."""
-    if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
-        modes = ", ".join(mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games)
-        refuse(f"--distribution-mode {args.distribution_mode} does not exist for {args.env_id}: choose from {modes}.")
-
-    def require(names: str, allowed: Callable[[Any], bool], what: str) -> None:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not allowed(value):
-                refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
-
-    sizes = "total_timesteps num_envs num_steps num_minibatches update_epochs eval_episodes"
-    require(sizes, lambda x: x >= 1, "at least 1")
-    counts = "seed num_levels start_level env_threads checkpoint_interval eval_interval ent_coef vf_coef"
-    require(counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
-    require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
-    require("gamma gae_lambda reward_norm_gamma staleness_coef rho nu", lambda x: 0 <= x <= 1, "between 0 and 1")
-    require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
-    require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
-    rollout = f"--num-envs x --num-steps = {args.batch_size}"
-    divides = f"a divisor of {rollout} and less than that"
-    require("num_minibatches", lambda x: args.batch_size % x == 0 and x < args.batch_size, divides)
-    first = args.batch_size * (3 if args.profile else 1)
-    require("total_timesteps", lambda x: x >= first, f"at least {first}: {rollout} is one iteration, --profile needs 3")
-    most = FIRST_TEST_LEVEL - args.num_levels
-    require("start_level", lambda x: x <= most, f"at most {most}: levels from {FIRST_TEST_LEVEL} on are for testing")
-    if args.num_levels == 0:
-        require("start_level", lambda x: x == 0, "0 with --num-levels 0, which draws from all levels")
-        require("curriculum", lambda x: x != "plr", "uniform or sequential with --num-levels 0: plr needs a fixed set")
-    if args.curriculum == "plr" and args.score in ("gae", "max_mc"):
-        require("score_transform", lambda x: x != "power", f"another: --score {args.score} can be negative")
-
-
-# ---- levels and environments ----------------------------------------------------------------------------------------
-
-
-class ProcgenLevels(gym.vector.VectorEnv):
-    """Procgen as a Gymnasium VectorEnv without autoreset, in which the seed of a reset is exactly the level played.
-
-        obs, infos = envs.reset(seed=levels, options={"reset_mask": done})   # env i starts levels[i] where done[i]
-        obs, rewards, terminations, truncations, infos = envs.step(actions)
-
-    Observations are (N, 64, 64, 3) uint8, those of an environment that is done mean nothing until its reset; rewards
-    (N,) float32. A level's start is the saved state of a fresh single-level game, and the stock wheel's `set_state`
-    puts any environment there. (Procgen's own reset would not: in dodgeball, the last episode leaks into the next.)
-    """
-
-    def __init__(self, num_envs: int, env_id: str, mode: str, num_threads: int):
-        with contextlib.redirect_stderr(io.StringIO()):  # procgen imports the dead package gym, which prints a notice
-            from procgen import ProcgenGym3Env
-
-        # rand_seed: Procgen would draw one from the operating system
-        make = functools.partial(ProcgenGym3Env, env_name=env_id, distribution_mode=mode, num_levels=1, rand_seed=0)
-        self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
-        self.level_start = functools.lru_cache(maxsize=4096)(  # 21-38 KB and 0.5 ms each
-            lambda level: make(num=1, start_level=level, num_threads=0).get_state()[0]
-        )
-        self.num_envs = num_envs
-        self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
-        self.single_action_space = gym.spaces.Discrete(15)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
-        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-
-    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
-        seed = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
-        levels = np.arange(seed, seed + self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed)
-        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
-        for i in np.flatnonzero(mask).tolist():
-            state = self.level_start(int(levels[i]))
-            self.procgen.call_c_func("set_state", i, state, len(state))
-        return self.procgen.observe()[1]["rgb"], {}
-
-    def step(self, actions: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
-        self.procgen.act(actions)
-        rewards, obs, first = self.procgen.observe()
-        return obs["rgb"], rewards, first, np.zeros_like(first), {}
-
-    def get_state(self) -> list[Tensor]:
-        """Where each environment is, exactly: 21-38 KB each, uint8."""
-        return [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in self.procgen.get_state()]
-
-    def set_state(self, states: list[Tensor]) -> np.ndarray:
-        """Goes back there, in any process; returns the observations."""
-        self.procgen.set_state([bytes(state.numpy()) for state in states])
-        return self.procgen.observe()[1]["rgb"]
-
-    def close_extras(self, **kwargs) -> None:
-        self.procgen.close()
-
-
-def to_device(x: np.ndarray, device: torch.device) -> Tensor:
-    """To a GPU through page-locked memory, so that nothing waits for the copy."""
-    x = torch.from_numpy(x)
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
-
-
-def make_envs(args: Args, num_envs: int) -> gym.vector.VectorEnv:
-    """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
-    try:
-        threads = min(args.env_threads or os.cpu_count(), num_envs)
-        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, threads)
-    except (ImportError, OSError) as error:
-        refuse(f"Procgen does not load ({error}). On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0")
-
-
-def evaluation_levels(args: Args) -> np.ndarray:
-    """(2 * eval_episodes,) test levels, then training levels: decided by the seed, distinct if there are enough."""
-    rng = np.random.default_rng([args.seed, 1])
-    test_levels = FIRST_TEST_LEVEL + rng.choice(2**31 - 1 - FIRST_TEST_LEVEL, args.eval_episodes, replace=False)
-    if args.num_levels == 0:
-        return np.append(test_levels, rng.choice(FIRST_TEST_LEVEL, args.eval_episodes, replace=False))
-    return np.append(test_levels, np.resize(args.start_level + rng.permutation(args.num_levels), args.eval_episodes))
-
-
-# ---- network --------------------------------------------------------------------------------------------------------
 
 
 class ResidualBlock(nn.Module):
@@ -265,20 +152,31 @@ class ConvSequence(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
             nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
-            nn.MaxPool2d(kernel_size=3, stride=2, padding=1), ResidualBlock(out_channels), ResidualBlock(out_channels),
-        )  # fmt: skip
+            nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
+            ResidualBlock(out_channels),
+            ResidualBlock(out_channels),
+        )
 
 
 class Agent(nn.Module):
+    """The IMPALA network with a policy and a value head."""
+
     def __init__(self, envs: gym.vector.VectorEnv, precision: str = "fp32"):
         super().__init__()
         h, w, c = envs.single_observation_space.shape
         self.bf16 = precision == "bf16"
-        self.network = nn.Sequential(
-            ConvSequence(c, 16), ConvSequence(16, 32), ConvSequence(32, 32), nn.Flatten(), nn.ReLU(),
-            nn.Linear(32 * math.ceil(h / 8) * math.ceil(w / 8), 256), nn.ReLU(),
-        )  # fmt: skip
-        self.actor, self.critic = nn.Linear(256, envs.single_action_space.n), nn.Linear(256, 1)
+        network = nn.Sequential(
+            ConvSequence(c, 16),
+            ConvSequence(16, 32),
+            ConvSequence(32, 32),
+            nn.Flatten(),
+            nn.ReLU(),
+            nn.Linear(32 * math.ceil(h / 8) * math.ceil(w / 8), 256),
+            nn.ReLU(),
+        )
+        self.network = network.to(memory_format=torch.channels_last)
+        self.actor = nn.Linear(256, envs.single_action_space.n)
+        self.critic = nn.Linear(256, 1)
         for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
             nn.init.orthogonal_(layer.weight, std)
             nn.init.constant_(layer.bias, 0.0)
@@ -286,161 +184,1048 @@ class Agent(nn.Module):
     def hidden(self, x: Tensor) -> Tensor:
         """(B, 64, 64, 3) uint8 -> (B, 256) float32. The heads after it are always float32."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
-            return self.network(x.permute(0, 3, 1, 2) / 255.0).float()  # "bhwc" -> "bchw", in channels_last memory
+            # "bhwc" -> "bchw", which leaves the pixels in channels_last memory
+            return self.network(x.permute(0, 3, 1, 2) / 255.0).float()
 
     def get_value(self, x: Tensor) -> Tensor:
         return self.critic(self.hidden(x)).flatten()
 
-    def get_action_and_value(self, x: Tensor, action: Tensor | None = None, clocks: Tensor | None = None) -> tuple:
-        """x (B, 64, 64, 3) uint8 -> action, log-probability, entropy, value (B,) and logits (B, actions)."""
+    def get_action_and_value(
+        self,
+        x: Tensor,
+        action: Tensor | None = None,
+        noise: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """x (B, 64, 64, 3) uint8; noise (B, actions) of Exp(1), which decides the actions if given.
+
+        Returns action, its log-probability, entropy and value, each (B,), and the normalised
+        logits (B, actions).
+        """
         hidden = self.hidden(x)
         probs = Categorical(logits=self.actor(hidden), validate_args=False)
-        if action is None:
-            # of clocks that ring after times of Exp(1) / p, the first is each with probability p
-            action = probs.sample() if clocks is None else (probs.probs / clocks).argmax(-1)
-        return action, probs.log_prob(action), probs.entropy(), self.critic(hidden).flatten(), probs.logits
+        if action is None and noise is None:
+            action = probs.sample()
+        elif action is None:
+            # Exponential race (Gumbel-max without logarithms): argmax p / E is a sample of p
+            action = (probs.probs / noise).argmax(-1)
+        value = self.critic(hidden).flatten()
+        return action, probs.log_prob(action), probs.entropy(), value, probs.logits
+
+    def acting_copy(self) -> "Agent":
+        """To act with, without gradients: bf16 weights are cast when they are loaded, once per
+        rollout, not at every step."""
+        acting = copy.deepcopy(self).requires_grad_(False)
+        if self.bf16:
+            acting.network.bfloat16()
+        return acting
 
 
-# ---- evaluation -----------------------------------------------------------------------------------------------------
+def ppo_loss(
+    agent: Agent,
+    args: Args,
+    mb_obs: Tensor,
+    mb_actions: Tensor,
+    mb_logprobs: Tensor,
+    mb_advantages: Tensor,
+    mb_returns: Tensor,
+    mb_values: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss of a minibatch, or of this process's part of it: mb_obs (B, 64, 64, 3), the
+    others (B,), the advantages normalised. Returns the loss, and what is logged of it."""
+    _, newlogprob, entropy, newvalue, _ = agent.get_action_and_value(mb_obs, mb_actions)
+    logratio = newlogprob - mb_logprobs
+    ratio = logratio.exp()
+
+    with torch.no_grad():
+        # calculate approx_kl http://joschu.net/blog/kl-approx.html
+        old_approx_kl = mean(-logratio, args)
+        approx_kl = mean((ratio - 1) - logratio, args)
+        clipfrac = mean(((ratio - 1.0).abs() > args.clip_coef).float(), args)
+
+    # Policy loss
+    pg_loss1 = -mb_advantages * ratio
+    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = mean(torch.max(pg_loss1, pg_loss2), args)
+
+    # Value loss
+    v_loss_unclipped = (newvalue - mb_returns) ** 2
+    v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+    v_loss_clipped = (v_clipped - mb_returns) ** 2
+    v_loss = 0.5 * mean(torch.max(v_loss_unclipped, v_loss_clipped), args)
+
+    entropy_loss = mean(entropy, args)
+    loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+    return loss, {
+        "value_loss": v_loss.detach(),
+        "policy_loss": pg_loss.detach(),
+        "entropy": entropy_loss.detach(),
+        "old_approx_kl": old_approx_kl,
+        "approx_kl": approx_kl,
+        "clipfrac": clipfrac,
+    }
 
 
-def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
-    """Plays an episode on each of `evaluation_levels` to its end: stochastic policy, raw returns, own random stream."""
+def train(args: Args, run: "Run") -> None:
+    # ---- setup: T steps of N environments, n of them in this process (all without torchrun) ----
+    device = run.device
+    phase = run.profile.phase
+    T = args.num_steps
+    N = args.num_envs
+    n = N // WORLD
+    own = slice(RANK * n, (RANK + 1) * n)
+    torch.manual_seed(args.seed)  # network, actions, minibatches
+
+    envs = make_envs(args, n, device)
+    agent = Agent(envs, args.precision).to(device)
+    acting = agent.acting_copy()
+    if args.compile:
+        agent.network.compile()
+        acting.network.compile()
+    optimizer = make_optimizer(agent, args, device)
+    sampler = make_sampler(args)
+    episodes = EpisodeStatistics(N, args.reward_norm_gamma)
+
+    # ---- storage on the device: this process's environments ----
+    num_actions = int(envs.single_action_space.n)
+    obs_shape = envs.single_observation_space.shape
+    obs = torch.zeros((T, n, *obs_shape), dtype=torch.uint8, device=device)
+    actions = torch.zeros((T, n), dtype=torch.int64, device=device)
+    logprobs = torch.zeros((T, n), device=device)
+    logits = torch.zeros((T, n, num_actions), device=device)  # normalised: log-probabilities
+    values = torch.zeros((T + 1, n), device=device)  # values[T]: of what follows the rollout
+    noise = torch.zeros((N, num_actions), device=device)  # the same in every process
+    next_obs = torch.zeros((n, *obs_shape), dtype=torch.uint8, device=device)
+    step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
+
+    # ---- storage on the CPU: all environments ----
+    rewards = np.zeros((T, N), np.float32)
+    dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
+    levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
+    run.storage = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
+    run.storage |= {"rewards": rewards, "levels": levels}
+
+    def act() -> None:
+        """A step of the policy: what it decides for next_obs, and why, goes into the storage."""
+        noise.exponential_()
+        action, logprob, _, value, logit = acting.get_action_and_value(next_obs, noise=noise[own])
+        decided = ((actions, action), (logprobs, logprob), (logits, logit), (values, value))
+        for storage, x in ((obs, next_obs), *decided):
+            storage.index_copy_(0, step_on_device, x[None])
+        step_on_device.add_(1)
+
+    # ---- flatten the batch; b_targets: advantages, returns and values of all environments ----
+    b_obs = obs.flatten(0, 1)
+    b_actions = actions.view(-1)
+    b_logprobs = logprobs.view(-1)
+    b_targets = torch.zeros((3, T * N), device=device)
+    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
+
+    def learn(mb_inds: Tensor) -> Tensor:
+        """A step of the optimizer, from the minibatch at mb_inds of the T * N steps; approx_kl."""
+        mb_advantages, mb_returns, mb_values = b_targets[:, mb_inds]
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+        mine, own_inds = part_of_minibatch(mb_inds, N)
+        minibatch = (b_obs[own_inds], b_actions[own_inds], b_logprobs[own_inds])
+        targets = (mb_advantages[mine], mb_returns[mine], mb_values[mine])
+        loss, parts = ppo_loss(agent, args, *minibatch, *targets)
+        optimizer.zero_grad()
+        loss.backward()
+        all_reduce_gradients(agent)
+        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
+        parts["grad_norm"] = grad_norm / WORLD
+        losses.add_(torch.stack([parts[name] for name in LOSSES]))
+        return parts["approx_kl"]
+
+    # ---- start the environments, or go on where the checkpoint is ----
+    run.parts = {"agent": agent, "optimizer": optimizer, "sampler": sampler, "episodes": episodes}
+    next_done = np.zeros(N, bool)
+    observation = run.restore(envs, own)
+    if observation is None:
+        sampler.drop(np.ones(N, bool))
+        observation, _ = envs.reset(seed=sampler.next_levels(np.ones(N, bool))[own].tolist())
+    next_obs.copy_(torch.from_numpy(observation))
+    next_levels = sampler.playing.copy()  # (N,) int64
+
+    for iteration in run.iterations(envs):
+        # Annealing the rate if instructed to do so.
+        if args.anneal_lr:
+            frac = 1.0 - (iteration - 1.0) / args.num_iterations
+            optimizer.param_groups[0]["lr"].fill_(frac * args.learning_rate)
+
+        # ---- rollout ----
+        acting.load_state_dict(agent.state_dict())
+        step_on_device.zero_()
+        for step in range(0, args.num_steps):
+            phase("inference")
+            dones[step] = next_done
+            levels[step] = next_levels
+            act()
+            phase("transfer")
+            action = actions[step].cpu().numpy()
+            phase("environment")
+            observation, reward, terminations, truncations, _ = envs.step(action)
+            phase("rest")
+            rewards[step], next_done = gather_numpy(reward, terminations | truncations)
+            if next_done.any():  # PLR, Algorithm 1: sample the next levels
+                phase("sampler")
+                next_levels = sampler.next_levels(next_done)
+                phase("environment")
+                options = {"reset_mask": next_done[own]}
+                observation, _ = envs.reset(seed=next_levels[own].tolist(), options=options)
+            phase("transfer")
+            next_obs.copy_(torch.from_numpy(observation), non_blocking=True)
+
+        # ---- advantages (GAE), of all environments ----
+        phase("rest")
+        ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+        scaled_rewards, finished = episodes.add(rewards, ended)
+        sampler.record_returns(levels[ended], finished["scaled_return"])  # for max_mc
+        # bootstrap value if not done
+        values[T] = acting.get_value(next_obs)
+        all_values = to_numpy(values)
+        nextvalues = all_values[1:]
+        b_values = all_values[:-1]
+        nextnonterminal = 1.0 - ended.astype(np.float32)
+        deltas = scaled_rewards + args.gamma * nextvalues * nextnonterminal - b_values
+        advantages = np.zeros_like(deltas)
+        lastgaelam = np.zeros(N, np.float32)
+        for t in reversed(range(args.num_steps)):
+            lastgaelam = deltas[t] + args.gamma * args.gae_lambda * nextnonterminal[t] * lastgaelam
+            advantages[t] = lastgaelam
+        returns = advantages + b_values
+        run.require_finite("an advantage", advantages)
+
+        # ---- LEVEL SCORES (PLR, eq. 2): how much is there still to learn on each level? ----
+        # step_scores (T, N): the sampler averages them over each episode. Yours is one more line.
+        if args.score == "value_l1":
+            step_scores = np.abs(advantages)
+        elif args.score == "gae":
+            step_scores = advantages
+        elif args.score == "positive_value_loss":
+            step_scores = advantages.clip(min=0)
+        elif args.score == "one_step_td_error":
+            step_scores = np.abs(deltas)
+        elif args.score == "policy_entropy":
+            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
+        elif args.score == "least_confidence":
+            step_scores = to_numpy(1 - logits.exp().amax(-1))
+        elif args.score == "min_margin":
+            step_scores = to_numpy(1 + logits.exp().topk(2).values.diff(dim=-1).squeeze(-1))
+        elif args.score == "max_mc":  # Robust PLR: best return so far on the level, scaled
+            step_scores = sampler.best_returns(levels).astype(np.float32) - b_values
+        phase("sampler")
+        sampler.update(levels, step_scores, ended)
+
+        # ---- update (PPO) ----
+        phase("update")
+        targets = torch.from_numpy(np.stack((advantages, returns, b_values)))
+        b_targets.copy_(targets.flatten(1))
+        losses.zero_()
+        updates = 0
+        for epoch in range(args.update_epochs):
+            for mb_inds in torch.randperm(T * N, device=device).split(args.minibatch_size):
+                approx_kl = learn(mb_inds)
+                updates += 1
+            if args.target_kl is not None and gather(approx_kl[None]).sum() > args.target_kl:
+                break
+
+        # ---- log, evaluate, save ----
+        mean_losses = run.mean_losses(losses, updates)
+        run.log_iteration(log_row(run, mean_losses, finished, sampler, returns, b_values))
+        if run.evaluation_due():
+            run.log_evaluation(evaluate(agent, args, device, run.video()))
+        run.end_iteration(envs)
+    run.finish(envs, lambda: evaluate(agent, args, device))
+
+
+# ---- curriculum, episodes, log -------------------------------------------------------------------
+
+
+def make_sampler(args: Args) -> LevelSampler:
+    levels = range(args.start_level, args.start_level + args.num_levels)
+    return LevelSampler(
+        levels if args.num_levels else None,
+        num_envs=args.num_envs,
+        seed=args.seed,
+        level_space=FIRST_TEST_LEVEL,
+        curriculum=args.curriculum,
+        score_transform=args.score_transform,
+        temperature=args.temperature,
+        staleness_coef=args.staleness_coef,
+        replay_schedule=args.replay_schedule,
+        rho=args.rho,
+        nu=args.nu,
+        alpha=args.alpha,
+        stitch_episodes=args.stitch_episodes,
+    )
+
+
+class EpisodeStatistics:
+    """Returns and lengths of the N episodes in progress, and the scale of the rewards.
+
+    Rewards are divided by the running standard deviation of the discounted return, not centred,
+    and clipped to +-10. CleanRL has the wrappers RecordEpisodeStatistics and NormalizeReward for
+    this; here it is done after the rollout, for all its steps.
+    """
+
+    def __init__(self, num_envs: int, gamma: float):
+        self.gamma = gamma
+        self.rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted return
+        self.sums = {
+            "return": np.zeros(num_envs),
+            "length": np.zeros(num_envs),
+            "discounted_return": np.zeros(num_envs),
+            "scaled_return": np.zeros(num_envs),
+        }
+
+    def add(self, rewards: np.ndarray, ended: np.ndarray) -> tuple[np.ndarray, dict]:
+        """rewards (T, N) float32, ended (T, N) bool -> scaled rewards (T, N) float32, and of the
+        episodes that ended, in order of time and environment: return, length, scaled_return."""
+        returns = self._sum("return", rewards, ended)
+        lengths = self._sum("length", np.ones_like(rewards), ended)
+        discounted = self._sum("discounted_return", rewards, ended, self.gamma)
+        scale = np.zeros((len(rewards), 1), np.float32)
+        for t, (mean, var) in enumerate(zip(discounted.mean(axis=1), discounted.var(axis=1))):
+            self.rms.update_from_moments(mean, var, rewards.shape[1])
+            scale[t] = np.sqrt(self.rms.var + 1e-8)
+        scaled = np.clip(rewards / scale, -10, 10)
+        scaled_returns = self._sum("scaled_return", scaled, ended)
+        finished = {
+            "return": returns[ended],
+            "length": lengths[ended],
+            "scaled_return": scaled_returns[ended],
+        }
+        return scaled, finished
+
+    def _sum(self, name: str, x: np.ndarray, ended: np.ndarray, decay: float = 1.0) -> np.ndarray:
+        sums, self.sums[name] = running_sums(self.sums[name], x, ended, decay)
+        return sums
+
+    def state_dict(self) -> dict[str, Any]:
+        rms = [float(x) for x in (self.rms.mean, self.rms.var, self.rms.count)]
+        return {"sums": self.sums, "rms": rms}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.sums = {name: np.asarray(x) for name, x in state["sums"].items()}
+        self.rms.mean, self.rms.var, self.rms.count = state["rms"]
+
+
+def part_of_minibatch(mb_inds: Tensor, N: int) -> tuple[Any, Tensor]:
+    """Which of the samples t * N + env are of this process's environments, and where these are in
+    its own storage (T * n,). All of them, where they are, without torchrun."""
+    if WORLD == 1:
+        return slice(None), mb_inds
+    n = N // WORLD
+    t = mb_inds // N
+    env = mb_inds % N
+    mine = env // n == RANK
+    return mine, (t * n + env % n)[mine]
+
+
+def describe(args: Args) -> str:
+    levels = args.num_levels or "unbounded"
+    return f"{args.env_id} ({args.distribution_mode}), {levels} levels, {args.curriculum}"
+
+
+def log_row(
+    run: "Run",
+    losses: dict[str, float],
+    finished: dict[str, np.ndarray],
+    sampler: LevelSampler,
+    returns: np.ndarray,
+    values: np.ndarray,
+) -> dict[str, float]:
+    """A row of progress.csv, whose columns lack the group ("charts/"); nan: nothing to measure."""
+    return {
+        # of the episodes that ended in this iteration: mean raw return, mean length, how many
+        "charts/episodic_return": mean_or_nan(finished["return"]),
+        "charts/episodic_length": mean_or_nan(finished["length"]),
+        "charts/episodes": len(finished["return"]),
+        "charts/learning_rate": float(run.parts["optimizer"].param_groups[0]["lr"]),
+        # value_loss, policy_loss, entropy, grad_norm (before clipping), old_approx_kl, approx_kl,
+        # clipfrac (share of samples beyond the clip range): means over the minibatches
+        **{f"losses/{name}": x for name, x in losses.items()},
+        # of the returns by the values; 1 is perfect
+        "losses/explained_variance": explained_variance(values, returns),
+        # see LevelSampler.metrics
+        **{f"curriculum/{name}": x for name, x in sampler.metrics().items()},
+    }
+
+
+# ---- levels and environments ---------------------------------------------------------------------
+
+
+class ProcgenLevels(gym.vector.VectorEnv):
+    """Procgen as a Gymnasium VectorEnv without autoreset, where a reset's seed is the level played.
+
+        obs, infos = envs.reset(seed=levels, options={"reset_mask": done})  # where done
+        obs, rewards, terminations, truncations, infos = envs.step(actions)
+
+    Observations are (N, 64, 64, 3) uint8, those of an environment that is done mean nothing until
+    its reset; rewards (N,) float32. A level's start is the saved state of a fresh single-level
+    game, and the stock wheel's `set_state` puts any environment there. (Procgen's own reset would
+    not: in dodgeball, the last episode leaks into the next.)
+    """
+
+    def __init__(self, num_envs: int, env_id: str, mode: str, num_threads: int):
+        # procgen imports the dead package gym, which prints a notice
+        with contextlib.redirect_stderr(io.StringIO()):
+            from procgen import ProcgenGym3Env
+
+        make = functools.partial(
+            ProcgenGym3Env,
+            env_name=env_id,
+            distribution_mode=mode,
+            num_levels=1,
+            rand_seed=0,  # Procgen would draw one from the operating system
+        )
+        self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
+        self.level_start = functools.lru_cache(maxsize=4096)(  # 21-38 KB and 0.5 ms each
+            lambda level: make(num=1, start_level=level, num_threads=0).get_state()[0]
+        )
+        self.num_envs = num_envs
+        self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
+        self.single_action_space = gym.spaces.Discrete(15)
+        batch = gym.vector.utils.batch_space
+        self.observation_space = batch(self.single_observation_space, num_envs)
+        self.action_space = batch(self.single_action_space, num_envs)
+        self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+
+    def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[np.ndarray, dict]:
+        if seed is None:
+            seed = self.np_random.integers(FIRST_TEST_LEVEL)
+        levels = np.asarray(seed)
+        if levels.ndim == 0:
+            levels = levels + np.arange(self.num_envs)
+        mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        for i in np.flatnonzero(mask).tolist():
+            state = self.level_start(int(levels[i]))
+            self.procgen.call_c_func("set_state", i, state, len(state))
+        return self.procgen.observe()[1]["rgb"], {}
+
+    def step(
+        self, actions: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray, dict]:
+        self.procgen.act(actions)
+        rewards, obs, first = self.procgen.observe()
+        return obs["rgb"], rewards, first, np.zeros_like(first), {}
+
+    def get_state(self) -> list[Tensor]:
+        """Where each environment is, exactly: 21-38 KB each, uint8."""
+        states = self.procgen.get_state()
+        return [torch.frombuffer(bytearray(state), dtype=torch.uint8) for state in states]
+
+    def set_state(self, states: list[Tensor]) -> np.ndarray:
+        """Goes back there, in any process; returns the observations."""
+        self.procgen.set_state([bytes(state.numpy()) for state in states])
+        return self.procgen.observe()[1]["rgb"]
+
+    def close_extras(self, **kwargs) -> None:
+        self.procgen.close()
+
+
+def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
+    """To train on something else, return another VectorEnv without autoreset, whose reset seed is
+    the level."""
+    threads = min(args.env_threads or os.cpu_count(), num_envs)
+    try:
+        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, threads)
+    except (ImportError, OSError) as error:
+        libraries = "On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0"
+        refuse(f"Procgen does not load ({error}). {libraries}")
+
+
+# ---- evaluation ----------------------------------------------------------------------------------
+
+SHOWN = {"train": "train_return", "test": "test_return"}  # of an evaluation, on the screen
+
+
+def evaluation_levels(args: Args) -> np.ndarray:
+    """(2 * eval_episodes,) int64: test levels, then training levels. The seed decides them; they
+    are distinct if there are enough."""
+    rng = np.random.default_rng([args.seed, 1])
+    num_test_levels = 2**31 - 1 - FIRST_TEST_LEVEL
+    test_levels = rng.choice(num_test_levels, args.eval_episodes, replace=False)
+    if args.num_levels == 0:
+        train_levels = rng.choice(FIRST_TEST_LEVEL, args.eval_episodes, replace=False)
+    else:
+        train_levels = args.start_level + rng.permutation(args.num_levels)
+        train_levels = np.resize(train_levels, args.eval_episodes)
+    return np.append(FIRST_TEST_LEVEL + test_levels, train_levels)
+
+
+def evaluate(
+    agent: Agent, args: Args, device: torch.device, video: Path | None = None
+) -> dict[str, Any]:
+    """Plays an episode on each of `evaluation_levels` to its end: stochastic policy, raw returns,
+    a random stream of its own. video: the first test episode as VIDEO.gif.
+
+    Returns the mean returns on training and test levels, their standard deviations, the gap
+    between the two, and every episode's level and return.
+    """
     levels = evaluation_levels(args)
-    returns, frames = np.zeros(len(levels)), []
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
+    returns = np.zeros(len(levels))
+    frames = []
+    with own_random_stream(args, device):
         for chunk in np.array_split(np.arange(len(levels)), math.ceil(len(levels) / 256)):
-            envs = make_envs(args, len(chunk))
+            envs = make_envs(args, len(chunk), device)
             obs, _ = envs.reset(seed=levels[chunk].tolist())
             playing = np.arange(len(chunk))  # environments whose episode goes on
             while len(playing):
-                if video and chunk[playing[0]] == 0:  # the first test episode
-                    frames.append(Image.fromarray(obs[0]).resize((256, 256), Image.Resampling.NEAREST))
+                if video and chunk[playing[0]] == 0:
+                    frame = Image.fromarray(obs[0])
+                    frames.append(frame.resize((256, 256), Image.Resampling.NEAREST))
+                playing_obs = torch.from_numpy(obs[playing]).to(device)
                 actions = np.zeros(len(chunk), np.int32)
-                action = agent.get_action_and_value(torch.from_numpy(obs[playing]).to(device))[0]
-                actions[playing] = action.cpu().numpy()
+                actions[playing] = agent.get_action_and_value(playing_obs)[0].cpu().numpy()
                 obs, reward, terminations, truncations, _ = envs.step(actions)
                 returns[chunk[playing]] += reward[playing]
                 playing = playing[~(terminations | truncations)[playing]]
             envs.close()
     if video:  # every second frame, at Procgen's speed
-        video.parent.mkdir(parents=True, exist_ok=True)
-        frames[0].save(video, save_all=True, append_images=frames[2::2], duration=133, loop=0)
-    result: dict[str, Any] = {"episodes": {}}
-    for name, part in (("test", slice(0, args.eval_episodes)), ("train", slice(args.eval_episodes, None))):
-        result[f"{name}_return"], result[f"{name}_return_std"] = float(returns[part].mean()), float(returns[part].std())
-        result["episodes"] |= {f"{name}_levels": levels[part].tolist(), f"{name}_returns": returns[part].tolist()}
-    result["generalization_gap"] = result["train_return"] - result["test_return"]
-    return result
+        write_gif(video.with_suffix(".gif"), frames[::2], milliseconds=133)
+    test = slice(0, args.eval_episodes)
+    train = slice(args.eval_episodes, None)
+    return {
+        "test_return": float(returns[test].mean()),
+        "test_return_std": float(returns[test].std()),
+        "train_return": float(returns[train].mean()),
+        "train_return_std": float(returns[train].std()),
+        "generalization_gap": float(returns[train].mean()) - float(returns[test].mean()),
+        "episodes": {
+            "test_levels": levels[test].tolist(),
+            "test_returns": returns[test].tolist(),
+            "train_levels": levels[train].tolist(),
+            "train_returns": returns[train].tolist(),
+        },
+    }
 
 
-# ---- run directory --------------------------------------------------------------------------------------------------
+# ---- flags that cannot work ----------------------------------------------------------------------
+
+
+def check_args(args: Args) -> None:
+    """Refuses what cannot work, with one sentence and exit status 2."""
+    if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
+        modes = [mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games]
+        refuse(
+            f"--distribution-mode {args.distribution_mode} does not exist for {args.env_id}:"
+            f" choose from {', '.join(modes)}."
+        )
+    check_common_args(args)
+    counts = ["num_levels", "start_level", "env_threads"]
+    require(args, counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+    require(args, ["reward_norm_gamma", "nu"], lambda x: 0 <= x <= 1, "between 0 and 1")
+    rollout = f"--num-envs x --num-steps = {args.batch_size}"
+    require(
+        args,
+        ["num_minibatches"],
+        lambda x: args.batch_size % x == 0 and x < args.batch_size,
+        f"a divisor of {rollout} and less than that",
+    )
+    first = args.batch_size * (3 if args.profile else 1)
+    require(
+        args,
+        ["total_timesteps"],
+        lambda x: x >= first,
+        f"at least {first}: {rollout} is one iteration, --profile needs 3",
+    )
+    most = FIRST_TEST_LEVEL - args.num_levels
+    testing = f"levels from {FIRST_TEST_LEVEL} on are for testing"
+    require(args, ["start_level"], lambda x: x <= most, f"at most {most}: {testing}")
+    if args.num_levels == 0:
+        all_levels = "0 with --num-levels 0, which draws from all levels"
+        require(args, ["start_level"], lambda x: x == 0, all_levels)
+        baselines = "uniform or sequential with --num-levels 0: plr needs a fixed set"
+        require(args, ["curriculum"], lambda x: x != "plr", baselines)
+    if args.curriculum == "plr" and args.score in ("gae", "max_mc"):
+        another = f"another: --score {args.score} can be negative"
+        require(args, ["score_transform"], lambda x: x != "power", another)
+
+
+# ---- machinery: the same text in both scripts ----------------------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+LOSSES = (
+    "value_loss",
+    "policy_loss",
+    "entropy",
+    "old_approx_kl",
+    "approx_kl",
+    "clipfrac",
+    "grad_norm",
+)
+# what may differ when a run is resumed
+FREE_ON_RESUME = (
+    "total_timesteps",
+    "checkpoint_interval",
+    "capture_video",
+    "track",
+    "profile",
+    "env_threads",
+    "resume",
+    "evaluate",
+)
+
+
+class Run:
+    """A run's directory, clock, logs and checkpoint. What it writes or shows decides nothing that
+    is learned.
+
+    `parts` is all that has a state (state_dict, load_state_dict): saved, restored and hashed in
+    one loop. `storage` is what a loss that is not finite came from. `totals` are counts that go
+    on after a resume.
+    """
+
+    def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
+        self.args = args
+        self.dir = directory
+        self.checkpoint = checkpoint
+        self.parts: dict[str, Any] = {}
+        self.storage: dict[str, Any] = {}
+        self.totals: dict[str, int] = {}
+        self.writer = start_writer(args, directory, checkpoint) if RANK == 0 else None
+        self.device = choose_device(args)
+        self.profile = Profile(args.profile, self.device)
+        self.iteration = 0
+        self.train_seconds = 0.0  # of rollouts and updates
+        self.began = time.time()
+        self.evaluation: dict[str, Any] | None = None  # the last one
+        self.last_report = (0, 0.0)  # steps and train_seconds at the last line on the screen
+        self.signals: list[int] = []
+        self.stopping = False
+
+    @property
+    def global_step(self) -> int:
+        return self.iteration * self.args.batch_size
+
+    @property
+    def last(self) -> bool:
+        return self.iteration == self.args.num_iterations
+
+    def due(self, interval: int) -> bool:
+        return self.last or (interval > 0 and self.iteration % interval == 0)
+
+    # the loop
+
+    def iterations(self, envs: gym.vector.VectorEnv) -> Iterator[int]:
+        """1, 2, ..., or from the checkpoint on, until the last one or a signal."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        if self.checkpoint is None:
+            self.save(envs)
+        say(f"{describe(self.args)}, seed {self.args.seed}: {self.dir}")
+        say(f"training on {device_name(self.device)}")
+        self.last_report = (self.global_step, self.train_seconds)
+        while self.iteration < self.args.num_iterations and not self.stopping:
+            self.iteration += 1
+            self.began_iteration = time.time()
+            self.profile.begin(self.iteration, self.last)
+            yield self.iteration
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """The first ends the run after its iteration, a second one at once."""
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def mean_losses(self, losses: Tensor, updates: int) -> dict[str, float]:
+        """By name: losses (7,), summed over the updates, once the device has them; nan if none."""
+        means = gather(losses[:, None]).sum(-1) / max(updates, 1)
+        self.require_finite("a loss or gradient", means)  # waits for the device
+        self.profile.phase("rest")
+        return {name: x if updates else math.nan for name, x in zip(LOSSES, means.tolist())}
+
+    def end_iteration(self, envs: gym.vector.VectorEnv) -> None:
+        """The checkpoint and a line on the screen, when they are due."""
+        signalled = gather(torch.tensor([len(self.signals)])).any()
+        self.stopping = bool(signalled) and not self.last
+        if self.stopping or self.due(self.args.checkpoint_interval):
+            self.save(envs)
+        steps = self.global_step - self.last_report[0]
+        seconds = self.train_seconds - self.last_report[1]
+        if self.last or self.iteration == 1 or seconds > 10:
+            self.last_report = (self.global_step, self.train_seconds)
+            self._show_progress(steps / seconds)
+
+    def _show_progress(self, steps_per_second: float) -> None:
+        share = self.iteration / self.args.num_iterations
+        minutes_left = int((time.time() - self.began) * (1 / share - 1) / 60)
+        line = [
+            f"step {self.global_step:,} ({share:.1%})",
+            f"{minutes_left // 60}h{minutes_left % 60:02d}m left",
+            f"{steps_per_second:,.0f} steps/s",
+        ]
+        if "gradient_updates" in self.totals:
+            line.append(f"{self.totals['gradient_updates']:,} updates")
+        line.append(f"train return {self.episodic_return:.2f}")
+        if self.evaluation:
+            shown = [f"{name} {self.evaluation[key]:.2f}" for name, key in SHOWN.items()]
+            line.append(f"evaluation: {', '.join(shown)}")
+        say(" | ".join(line))
+
+    def finish(self, envs: gym.vector.VectorEnv, evaluate: Callable[[], dict[str, Any]]) -> None:
+        """result.json at the end of the run, or the command that goes on after a signal."""
+        envs.close()
+        if WORLD > 1:
+            dist.destroy_process_group()
+        if RANK > 0:
+            return
+        self.writer.close()
+        if self.stopping:
+            say(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {self.dir}")
+            raise SystemExit(130 if signal.SIGINT in self.signals else 0)
+        result = {
+            "env_id": self.args.env_id,
+            "curriculum": self.args.curriculum,
+            "seed": self.args.seed,
+            "global_step": self.global_step,
+            **self.totals,
+            "steps_per_second": self.global_step / self.train_seconds,
+            "wall_seconds": time.time() - self.began,
+            "device": device_name(self.device),
+            "processes": WORLD,
+            "torch": torch.__version__,
+            "fingerprint": fingerprint(self.state()),
+            "evaluation": self.evaluation or evaluate(),
+        }
+        write_file(self.dir / "result.json", result)
+        say(f"done: {self.dir}/result.json, fingerprint {result['fingerprint'][:16]}")
+
+    # the log
+
+    def log(self, file: str, row: dict[str, float]) -> None:
+        """A row for TensorBoard and, its names without their group, for a CSV file."""
+        if RANK > 0:
+            return
+        for key, value in row.items():
+            if not math.isnan(value):
+                self.writer.add_scalar(key, value, self.global_step)
+        columns = {"global_step": self.global_step, "wall_seconds": time.time() - self.began}
+        columns |= {key.split("/")[1]: value for key, value in row.items()}
+        append_row(self.dir / file, columns)
+
+    def log_iteration(self, row: dict[str, float]) -> None:
+        """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
+        checkpoint."""
+        seconds = time.time() - self.began_iteration
+        self.train_seconds += seconds
+        self.profile.end(self.last, self.dir)
+        self.episodic_return = row["charts/episodic_return"]
+        totals = {f"charts/{name}": x for name, x in self.totals.items()}
+        self.log("progress.csv", row | totals | {"charts/SPS": self.args.batch_size / seconds})
+
+    def evaluation_due(self) -> bool:
+        return RANK == 0 and self.due(self.args.eval_interval)
+
+    def video(self) -> Path | None:
+        """Where this iteration's evaluation shows what it plays, if it is asked to."""
+        return self.dir / "videos" / f"step_{self.global_step}" if self.args.capture_video else None
+
+    def log_evaluation(self, evaluation: dict[str, Any]) -> None:
+        self.evaluation = evaluation
+        scalars = {name: x for name, x in evaluation.items() if name != "episodes"}
+        self.log("evaluations.csv", {f"eval/{k}": x for k, x in (self.totals | scalars).items()})
+
+    def log_pictures(self, pictures: dict[str, np.ndarray]) -> None:
+        """For TensorBoard: (H, W, 3) uint8 by name."""
+        for name, picture in pictures.items():
+            self.writer.add_image(name, picture, self.global_step, dataformats="HWC")
+
+    def require_finite(self, what: str, x: Any) -> None:
+        """Ends the run, with what led there in a file; the last checkpoint is from before."""
+        if torch.as_tensor(x).isfinite().all():
+            return
+        path = self.dir / f"failed_{RANK}.pt"
+        write_file(path, self.storage | {"agent": self.parts["agent"].state_dict()})
+        raise FloatingPointError(
+            f"{what} of iteration {self.iteration} is not finite, see {path.name}"
+        )
+
+    # the checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """What the fingerprint is taken of: all that training has made, and all that decides how
+        it would go on."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["torch_rng"] = torch.get_rng_state()
+        state["cuda_rng"] = None
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        return state
+
+    def save(self, envs: gym.vector.VectorEnv) -> None:
+        state = self.state()
+        digest = torch.tensor([int(fingerprint(state)[:15], 16)])
+        if (gather(digest) != digest).any():
+            raise RuntimeError(f"the ranks' states differ after iteration {self.iteration}")
+        state["envs"] = gather_objects(envs.get_state() if hasattr(envs, "get_state") else None)
+        state["iteration"] = self.iteration
+        state["global_step"] = self.global_step
+        state["totals"] = self.totals
+        state["seconds"] = [time.time() - self.began, self.train_seconds]
+        state["args"] = asdict(self.args)
+        state["format"] = FORMAT
+        if RANK == 0:
+            write_file(self.dir / "checkpoint.pt", state)
+
+    def restore(self, envs: gym.vector.VectorEnv, own: slice) -> np.ndarray | None:
+        """Goes on where the checkpoint is. Returns the observations there, or None if the
+        environments are to be started: in a new run, and where they could not be saved."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            return None
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        self.iteration = checkpoint["iteration"]
+        self.totals |= checkpoint["totals"]
+        wall_seconds, self.train_seconds = checkpoint["seconds"]
+        self.began -= wall_seconds
+        if RANK == 0:
+            cut_rows(self.dir / "progress.csv", self.global_step)
+            cut_rows(self.dir / "evaluations.csv", self.global_step)
+            (self.dir / "result.json").unlink(missing_ok=True)
+        if checkpoint["envs"][0] is None:
+            return None
+        states = [state for of_rank in checkpoint["envs"] for state in of_rank]
+        return envs.set_state(states[own])
+
+
+class Profile:
+    """With --profile: seconds by phase, and a trace of the last iteration.
+
+    A phase lasts until the next one begins, the GPU's work included. The first iteration warms up
+    and is left out.
+    """
+
+    def __init__(self, enabled: bool, device: torch.device):
+        self.enabled = enabled
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self.running = False
+        self.tracing = False
+        self.name = ""  # of the running phase
+        self.range: Any = None  # of the trace
+        self.profiler = torch.profiler.profile()
+
+    def begin(self, iteration: int, last: bool) -> None:
+        self.running = self.enabled and iteration > 1
+        if not (self.enabled and last):
+            return
+        total = self.seconds.total()
+        shares = [f"{k} {x:.4g} s ({x / total:.1%})" for k, x in self.seconds.most_common()]
+        print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
+        self.profiler.start()
+        self.tracing = True
+
+    def phase(self, name: str) -> None:
+        if not self.running:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.name:
+            self.seconds[self.name] += now - self.started
+        if self.range is not None:
+            self.range.__exit__(None, None, None)
+        if self.tracing:
+            self.range = torch.profiler.record_function(name)
+            self.range.__enter__()
+        self.name = name
+        self.started = now
+
+    def end(self, last: bool, directory: Path) -> None:
+        if self.enabled and last:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(directory / f"trace_{RANK}.json.gz"))
+
+
+# arrays
+
+
+def running_sums(
+    before: np.ndarray, x: np.ndarray, ended: np.ndarray, decay: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over the steps of each episode: before (N,) of earlier rollouts, x (T, N), ended (T, N)
+    bool. Returns the sums up to each step (T, N) float64, and what goes on (N,)."""
+    sums = np.zeros(x.shape)
+    for t in range(len(x)):
+        sums[t] = before * decay + x[t]
+        before = np.where(ended[t], 0.0, sums[t])
+    return sums, before
+
+
+def mean_or_nan(x: np.ndarray) -> float:
+    return float(x.mean()) if len(x) else math.nan
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    unexplained = torch.from_numpy(returns - values).var()
+    return float(1 - unexplained / torch.from_numpy(returns).var().clamp(min=1e-12))
+
+
+# files and device
 
 
 def fingerprint(state: Any) -> str:
     """SHA-256 of a nested state. Two runs with the same fingerprint are the same run."""
-    state = default_convert(state)
-    text = json.dumps(state, sort_keys=True, default=lambda x: sha256(x.cpu().numpy().tobytes()).hexdigest())
+
+    def digest(x: Tensor) -> str:
+        return sha256(x.cpu().numpy().tobytes()).hexdigest()
+
+    text = json.dumps(default_convert(state), sort_keys=True, default=digest)
     return sha256(text.encode()).hexdigest()
 
 
 def write_file(path: Path, content: Any) -> None:
-    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or the new one."""
+    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or
+    the new one."""
     if path.suffix == ".pt":
-        torch.save(default_convert(content), buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(default_convert(content), buffer)
         content = buffer.getvalue()
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
+    elif not isinstance(content, bytes):
+        content = json.dumps(content, indent=2).encode()
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(temporary, path)
+
+
+def append_row(path: Path, columns: dict[str, Any]) -> None:
+    """A row of a CSV file; the first one is preceded by the header."""
+    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values()]
+    with open(path, "a") as file:
+        if file.tell() == 0:
+            file.write(",".join(columns) + "\n")
+        file.write(",".join(cells) + "\n")
 
 
 def cut_rows(path: Path, global_step: int) -> None:
-    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will be written again."""
-    header, *lines = path.read_bytes().splitlines(keepends=True) if path.exists() else [b""]
-    kept = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= global_step]
-    write_file(path, (header + b"".join(kept)) if kept else b"")
+    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will
+    be written again."""
+    if not path.exists():
+        return
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    whole = [line for line in lines if line.endswith(b"\n")]
+    kept = [line for line in whole if int(line.split(b",")[0]) <= global_step]
+    write_file(path, header + b"".join(kept) if kept else b"")
+
+
+def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or default)
-    if RANK == 0 and not args.resume and (run_dir / "progress.csv").exists():
-        refuse(f"--run-dir {run_dir} already holds a run: choose another directory, or --resume {run_dir}.")
+    directory = Path(args.resume or args.run_dir or default)
+    if RANK == 0 and not args.resume and (directory / "progress.csv").exists():
+        other = f"choose another directory, or --resume {directory}"
+        refuse(f"--run-dir {directory} already holds a run: {other}.")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
-            write_file(run_dir / "args.json", asdict(args))
+            write_file(directory / "args.json", asdict(args))
     except OSError as error:
-        refuse(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
-    return run_dir
+        refuse(f"--run-dir {directory} cannot be written: {error.strerror}.")
+    return directory
 
 
-def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
-    """The flags of the run in --evaluate or --resume RUN_DIR, changed by the command line; its checkpoint."""
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"the format of its checkpoint is {checkpoint['format']!r}, this script's is {FORMAT!r}")
-        saved = {f.name: checkpoint["args"][f.name] for f in fields(Args) if f.init and f.name in checkpoint["args"]}
-        defaults = Args(**saved)
-    except Exception as error:  # whatever a damaged file makes of torch.load
-        refuse(f"--{flag} {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
-    args = replace(tyro.cli(Args, default=defaults), **{flag: str(run_dir)})  # and derives the sizes anew
-    if flag == "resume":
-        for name, value in saved.items():
-            if getattr(args, name) != value and name not in FREE_ON_RESUME:
-                refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be {value}, as in the run to resume.")
-        # a run that was killed after its last checkpoint has only its result left to write
-        if args.num_iterations < checkpoint["iteration"] + (run_dir / "result.json").exists():
-            refuse(f"--total-timesteps {args.total_timesteps} must be raised: {run_dir} is finished.")
-    return args, checkpoint
+def start_writer(args: Args, directory: Path, checkpoint: dict[str, Any] | None) -> SummaryWriter:
+    if args.track:
+        import wandb
+
+        wandb.init(
+            sync_tensorboard=True,
+            config=asdict(args),
+            name=directory.name,
+            dir=directory,
+            save_code=True,
+        )
+    purge_step = checkpoint["global_step"] + 1 if checkpoint else None
+    writer = SummaryWriter(directory, purge_step=purge_step)
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    return writer
 
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
-    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # compiled kernels are not chosen by timing them
+    # without these, cuDNN's LSTM and compiled kernels need not repeat bit for bit
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
     # cuDNN would use TF32 by default: fp32 means fp32 here
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision == "tf32"
+    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     cuda = args.cuda and torch.cuda.is_available()
-    if args.torch_deterministic and args.compile and cuda:  # else its max pooling would add gradients in any order
+    if args.torch_deterministic and args.compile and cuda:
+        # else compiled max pooling would add gradients in any order
         torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
-        store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
+        join_processes("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     with contextlib.suppress(AttributeError, OSError):
-        # glibc hands large tensors back to the kernel: keeping the memory makes the update up to twice as fast
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        # glibc hands large tensors back to the kernel: the update is up to twice as fast without
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
     return torch.device("cpu")
 
 
-def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
-    """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
-    device = choose_device(args)
-    agent = Agent(make_envs(args, 1), args.precision).to(device, memory_format=torch.channels_last)
-    agent.load_state_dict(checkpoint["agent"])
-    result = evaluate(agent, args, device, path.parent / "videos" / f"{path.stem}.gif" if args.capture_video else None)
-    write_file(path, result | {"global_step": checkpoint["global_step"], "args": asdict(args)})
-    for key in ("train_return", "test_return"):
-        print(f"{key}: {result[key]:.2f} +- {result[key + '_std']:.2f} over {args.eval_episodes} episodes")
-    print(f"every episode: {path}")
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
 
 
-# ---- torchrun -------------------------------------------------------------------------------------------------------
-# A rank plays its part of the environments. Rewards, ends of episodes and values are shared, and from there on every
-# rank does the same for all N environments: reward normalisation, GAE, curriculum. Gradients are added up.
+def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:
+    """Adam, whose learning rate is a tensor: what was recorded as a CUDA graph reads it there."""
+    cuda = device.type == "cuda"
+    dtype = torch.float32 if cuda else torch.float64  # what the fused kernels take
+    rate = torch.tensor(args.learning_rate, dtype=dtype, device=device)
+    optimizer = optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=cuda)
+
+    def keep_options(optimizer: optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of another device brings the moments, not the options."""
+        return state | {"param_groups": optimizer.state_dict()["param_groups"]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_options)
+    return optimizer
 
 
-def share(x: Tensor) -> Tensor:
-    """(..., n) of this rank's environments -> (..., N) of all ranks'."""
+@contextlib.contextmanager
+def own_random_stream(args: Args, device: torch.device) -> Iterator[None]:
+    """For an evaluation: the seed decides it, and it leaves training's generators alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
+        yield
+
+
+# torchrun: each process plays its part of the environments. Rewards, ends of episodes and values
+# are gathered, and from there on every process does the same for all N environments: GAE, level
+# scores, curriculum. Gradients are added up.
+
+
+def join_processes(backend: str) -> None:
+    # torchrun reuses the store after a restart: a prefix keeps the last group's addresses out
+    store, *_ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+
+
+def gather(x: Tensor) -> Tensor:
+    """(..., n) of this process's environments -> (..., N) of all processes'."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
@@ -448,353 +1233,169 @@ def share(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def add_gradients(agent: nn.Module) -> None:
-    if WORLD > 1:
-        gradients = [p.grad for p in agent.parameters()]
-        dist.all_reduce(flat := torch.cat([x.reshape(-1) for x in gradients]))  # one message
-        for x, total in zip(gradients, flat.split([x.numel() for x in gradients])):
-            x.copy_(total.view(x.shape))
+def to_numpy(x: Tensor) -> np.ndarray:
+    """(..., n) on the device, of this process's environments -> (..., N) of all processes'."""
+    return gather(x).cpu().numpy()
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+def gather_numpy(reward: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) of this process's environments -> (N,) float32 and (N,) bool of all processes'."""
+    if WORLD == 1:
+        return reward, done
+    reward, done = gather(torch.from_numpy(np.stack((reward, done)))).numpy()
+    return reward, done > 0
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """One of each process."""
+    if WORLD == 1:
+        return [x]
+    objects = [None] * WORLD
+    dist.all_gather_object(objects, x)
+    return objects
+
+
+def mean(x: Tensor, args: Args) -> Tensor:
+    """This process's part of the mean over a minibatch of all processes."""
+    return x.sum() / args.minibatch_size
+
+
+def all_reduce_gradients(agent: nn.Module) -> None:
+    """Adds up the gradients of all processes, in one message."""
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in agent.parameters()]
+    total = torch.cat([x.reshape(-1) for x in gradients])
+    dist.all_reduce(total)
+    for x, part in zip(gradients, total.split([x.numel() for x in gradients])):
+        x.copy_(part.view(x.shape))
+
+
+# command line
+
+
+def say(line: str) -> None:
+    if RANK == 0:
+        print(line, flush=True)
+
+
+def refuse(reason: str, status: int = 2) -> None:
+    """Ends the program with one sentence."""
+    if RANK > 0 and status == 2:
+        time.sleep(30)  # process 0 says it, and torchrun ends the others
+    print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def require(args: Args, names: list[str], allowed: Callable[[Any], bool], what: str) -> None:
+    """Refuses the flags among `names` whose value is not allowed; None always is."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not allowed(value):
+            refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
+
+
+def check_common_args(args: Args) -> None:
+    """Refuses values that neither script can work with."""
+    sizes = ["num_envs", "num_steps", "num_minibatches", "update_epochs"]
+    sizes += ["total_timesteps", "eval_episodes"]
+    require(args, sizes, lambda x: x >= 1, "at least 1")
+    counts = ["seed", "checkpoint_interval", "eval_interval", "ent_coef", "vf_coef"]
+    require(args, counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+    positive = ["learning_rate", "temperature", "max_grad_norm", "clip_coef", "target_kl"]
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    shares = ["gamma", "gae_lambda", "staleness_coef", "rho"]
+    require(args, shares, lambda x: 0 <= x <= 1, "between 0 and 1")
+    require(args, ["alpha"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+    processes = f"a multiple of torchrun's {WORLD} processes"
+    require(args, ["num_envs"], lambda x: x % WORLD == 0, processes)
+
+
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """The flags, and the checkpoint of the run in --resume or --evaluate."""
+    args = tyro.cli(Args)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
+    if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
+        args.resume = args.resume or args.run_dir
+    if args.evaluate:
+        return load_run("evaluate", Path(args.evaluate))
+    if args.resume:
+        return load_run("resume", Path(args.resume))
+    return args, None
+
+
+def load_run(flag: str, directory: Path) -> tuple[Args, dict[str, Any]]:
+    """The run's flags, changed by those on the command line; its checkpoint."""
+    try:
+        path = directory / "checkpoint.pt"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["format"]
+        if found != FORMAT:
+            why = f"the format of its checkpoint is {found!r}, this script's is {FORMAT!r}"
+            raise ValueError(why)
+        names = [f.name for f in fields(Args) if f.init and f.name in checkpoint["args"]]
+        saved = {name: checkpoint["args"][name] for name in names}
+        defaults = Args(**saved)
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        why = (str(error) or repr(error)).splitlines()[0]
+        refuse(f"--{flag} {directory} is not a run that can be loaded: {why}")
+    args = tyro.cli(Args, default=defaults)
+    args = replace(args, **{flag: str(directory)})  # and derives the sizes anew
+    if flag == "resume":
+        check_resumed_args(args, saved, checkpoint)
+    return args, checkpoint
+
+
+def check_resumed_args(args: Args, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if name not in FREE_ON_RESUME and getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            refuse(f"{flag} must be {value}, as in the run to resume.")
+    # a run that was killed after its last checkpoint has only its result left to write
+    finished = Path(args.resume, "result.json").exists()
+    if args.num_iterations < checkpoint["iteration"] + finished:
+        more = f"must be raised: {args.resume} is finished"
+        refuse(f"--total-timesteps {args.total_timesteps} {more}.")
+
+
+def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
+    """--evaluate RUN: prints and writes an evaluation of a saved run."""
+    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
+    video = path.parent / "videos" / path.stem if args.capture_video else None
+    device = choose_device(args)
+    agent = Agent(make_envs(args, 1, device), args.precision).to(device)
+    agent.load_state_dict(checkpoint["agent"])
+    result = evaluate(agent, args, device, video)
+    of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}
+    write_file(path, result | checkpoint["totals"] | of_run)
+    for name, x in result.items():
+        if name != "episodes":
+            say(f"{name}: {x:.3f}")
+    say(f"every episode: {path}")
 
 
 def main() -> None:
-    args, checkpoint = tyro.cli(Args), None
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and Path(args.run_dir or "", "checkpoint.pt").exists():
-        args.resume = args.resume or args.run_dir  # torchrun --max-restarts has started it again
-    if args.evaluate or args.resume:
-        args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
+    args, checkpoint = parse_args()
     check_args(args)
     if args.evaluate:
-        return evaluate_run(args, checkpoint)
+        evaluate_run(args, checkpoint)
+        return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    run_dir = make_run_dir(args)
-    threading.excepthook = lambda _: None  # TensorBoard's: what its writing thread meets, the next write says
+    directory = make_run_dir(args)
+    # TensorBoard's: the next add_scalar raises again what its writing thread met
+    threading.excepthook = lambda _: None
     try:
-        train(args, run_dir, checkpoint)
-        if WORLD > 1:  # gloo's threads have aborted a process as it ended, after its work: leave without them
-            sys.stdout.flush()
-            os._exit(0)
+        train(args, Run(args, directory, checkpoint))
     except Exception as error:  # a full disk, a dead environment, a loss that is not finite
         with contextlib.suppress(OSError):
-            (run_dir / f"error_{RANK}.txt").write_text(traceback.format_exc())
+            (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
         what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        refuse(f"{what}. {run_dir}/error_{RANK}.txt has details; to go on: --resume {run_dir}", status=1)
-
-
-def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
-    # ==== setup ====
-    if RANK == 0:
-        if args.track:
-            import wandb
-
-            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
-        writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    device = choose_device(args)
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    torch.manual_seed(args.seed)  # network, actions, minibatches; sampler and evaluation have streams of their own
-    T, N, n = args.num_steps, args.num_envs, args.num_envs // WORLD
-    here = slice(RANK * n, (RANK + 1) * n)  # this rank's environments: all N of them without torchrun
-    envs = make_envs(args, n)
-    agent = Agent(envs, args.precision).to(device, memory_format=torch.channels_last)
-    if args.compile:
-        agent.network.compile()
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    names = "num_envs seed curriculum score_transform temperature staleness_coef replay_schedule rho nu alpha"
-    options = {name: getattr(args, name) for name in [*names.split(), "stitch_episodes"]}
-    training_levels = range(args.start_level, args.start_level + args.num_levels) if args.num_levels else None
-    sampler = LevelSampler(training_levels, **options, level_space=FIRST_TEST_LEVEL)
-    return_rms = gym.wrappers.utils.RunningMeanStd()  # of the discounted return, scales the rewards
-
-    # ==== storage: T = num_steps, N = num_envs, n of them on this rank ====
-    num_actions = int(envs.single_action_space.n)
-    obs = torch.zeros((T, n) + envs.single_observation_space.shape, dtype=torch.uint8, device=device)
-    actions = torch.zeros((T, n), dtype=torch.int64, device=device)
-    logprobs = torch.zeros((T, n), device=device)
-    logits = torch.zeros((T, n, num_actions), device=device)  # float32, normalised log-probabilities
-    own_values = torch.zeros((T + 1, n), device=device)  # float32; the last row is of what follows the rollout
-    rewards = torch.zeros((T, N))  # float32, normalised; on the CPU, like all that is of all ranks' environments
-    dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
-    levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
-    clocks = torch.zeros((N, num_actions), device=device)  # noise that decides actions, the same on every rank
-    # of the episodes in progress: return, length; discounted return (for return_rms), scaled return (for max_mc)
-    episode_return, episode_length, discounted_return, scaled_return = statistics = np.zeros((4, N))
-
-    def run_state() -> dict[str, Any]:
-        """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
-        cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
-        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
-        state["return_rms"] = [float(return_rms.mean), float(return_rms.var), float(return_rms.count)]
-        return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
-
-    profiler, running, spent = torch.profiler.profile(), contextlib.ExitStack(), Counter()  # seconds by phase
-
-    def phase(name: str) -> None:
-        """With --profile: what follows, the GPU's work included, is this phase's time and a range of the trace."""
-        if args.profile and iteration > 1:  # the first one warms up
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            running.close()  # and with it the phase before
-            start = time.perf_counter()
-            running.callback(lambda: spent.update({name: time.perf_counter() - start}))
-            if last:  # and traced: a range costs some 15 us
-                running.enter_context(torch.profiler.record_function(name))
-
-    def log(path: Path, row: dict[str, Any]) -> None:
-        """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
-        for key, value in row.items():
-            if not math.isnan(value):
-                writer.add_scalar(key, value, global_step)
-        columns = {"global_step": global_step, "wall_seconds": time.time() - start_time}
-        columns |= {key.split("/")[1]: value for key, value in row.items()}
-        with open(path, "a") as file:
-            cells = (f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values())
-            file.writelines(",".join(x) + "\n" for x in ([columns, cells] if file.tell() == 0 else [cells]))
-
-    def mean(x: Tensor) -> Tensor:
-        """This rank's part of the mean over a minibatch of all ranks."""
-        return x.sum() / args.minibatch_size
-
-    def save_checkpoint() -> None:
-        state = run_state()
-        mark = torch.tensor([int(fingerprint(state)[:15], 16)])
-        if (share(mark) != mark).any():
-            raise RuntimeError(f"the ranks' states differ after iteration {iteration}")
-        env_states = [envs.get_state() if hasattr(envs, "get_state") else None] * WORLD
-        if WORLD > 1:
-            dist.all_gather_object(env_states, env_states[0])
-        state |= {"envs": env_states, "statistics": statistics}
-        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step, "format": FORMAT}
-        state |= {"iteration": iteration, "args": asdict(args)}
-        if RANK == 0:
-            write_file(run_dir / "checkpoint.pt", state)
-
-    def require_finite(x: Tensor, what: str) -> None:
-        """Ends the run, with what led there in a file; the last checkpoint is from before."""
-        if not x.isfinite().all():
-            what_led = {"obs": obs, "actions": actions, "logprobs": logprobs, "rewards": rewards, "values": own_values}
-            write_file(run_dir / f"failed_{RANK}.pt", what_led | {"levels": levels, "agent": agent.state_dict()})
-            raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
-
-    # ==== start or resume ====
-    iteration, global_step, train_seconds, start_time = 0, 0, 0.0, time.time()  # train_seconds: without evaluation
-    if checkpoint:
-        for name, part in (("agent", agent), ("optimizer", optimizer), ("sampler", sampler)):
-            part.load_state_dict(checkpoint[name])
-        return_rms.mean, return_rms.var, return_rms.count = checkpoint["return_rms"]
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        iteration, global_step, (seconds, train_seconds) = map(checkpoint.get, ("iteration", "global_step", "seconds"))
-        start_time -= seconds
-        for name in ("progress.csv", "evaluations.csv") if RANK == 0 else ():
-            cut_rows(run_dir / name, global_step)
-        (run_dir / "result.json").unlink(missing_ok=True)
-    if checkpoint and checkpoint["envs"][0]:
-        next_levels, statistics[:] = sampler.playing.copy(), checkpoint["statistics"]
-        next_obs = envs.set_state(sum(checkpoint["envs"], [])[here])
-    else:
-        if checkpoint and RANK == 0:
-            print(f"Its environments could not be saved: {N} episodes are dropped, others start.", flush=True)
-        sampler.drop(np.ones(N, bool))
-        next_levels = sampler.next_levels(np.ones(N, bool))  # (N,) int64
-        next_obs, _ = envs.reset(seed=next_levels[here].tolist())
-    next_obs, next_done = to_device(next_obs, device), np.zeros(N, bool)  # (n, 64, 64, 3) uint8
-
-    stopped: list[int] = []  # signals: the first ends the run after its iteration, a second one at once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL))
-    if not checkpoint:
-        save_checkpoint()
-    if RANK == 0:
-        what = f"{args.env_id} ({args.distribution_mode}), {args.num_levels or 'unbounded'} levels, {args.curriculum}"
-        print(f"{what}, seed {args.seed}: {run_dir}\ntraining on {device_name}", flush=True)
-    shown_at, evaluation, stopping = (global_step, train_seconds), None, False  # shown_at: at the last printed line
-
-    while iteration < args.num_iterations and not stopping:
-        iteration += 1
-        iteration_start, last = time.time(), iteration == args.num_iterations
-        if args.profile and last:
-            shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
-            print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
-            profiler.start()
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
-
-        # ==== rollout ====
-        finished: list[tuple[float, int]] = []  # (raw return, length) of the episodes that ended
-        for step in range(args.num_steps):
-            global_step += args.num_envs
-            phase("inference")
-            obs[step], dones[step], levels[step] = next_obs, next_done, next_levels
-            with torch.no_grad():
-                noise = clocks.exponential_()[here]
-                action, logprobs[step], _, value, logits[step] = agent.get_action_and_value(next_obs, clocks=noise)
-            actions[step], own_values[step] = action, value
-            phase("transfer")
-            action = action.cpu().numpy()
-            phase("environment")
-            next_obs, reward, terminations, truncations, _ = envs.step(action)
-            phase("rest")
-            reward, next_done = share(torch.from_numpy(np.stack((reward, terminations | truncations)))).numpy()  # (N,)
-            next_done = next_done > 0
-            episode_return += reward
-            episode_length += 1
-            # reward normalisation: by the standard deviation of the discounted return, without centring, clipped
-            discounted_return[:] = discounted_return * args.reward_norm_gamma + reward
-            return_rms.update(discounted_return)
-            reward = np.clip(reward / np.sqrt(return_rms.var + 1e-8), -10, 10)
-            scaled_return += reward
-            rewards[step] = torch.from_numpy(reward)
-            if next_done.any():
-                phase("sampler")
-                finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
-                sampler.record_returns(next_levels[next_done], scaled_return[next_done])
-                statistics[:, next_done] = 0
-                next_levels = sampler.next_levels(next_done)  # PLR, Algorithm 1: sample the next levels
-                phase("environment")
-                next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": next_done[here]})
-            phase("transfer")
-            next_obs = to_device(next_obs, device)
-
-        # ==== advantages (GAE) ====
-        phase("rest")
-        with torch.no_grad():
-            own_values[T] = agent.get_value(next_obs)
-        values = share(own_values).cpu()
-        ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
-        ends = torch.from_numpy(ended).float()
-        next_values, values = values[1:] * (1 - ends), values[:-1]
-        deltas = rewards + args.gamma * next_values - values
-        advantages, lastgaelam, decay = torch.zeros_like(rewards), 0.0, args.gamma * args.gae_lambda * (1 - ends)
-        for t in reversed(range(args.num_steps)):
-            advantages[t] = lastgaelam = deltas[t] + decay[t] * lastgaelam
-        returns = advantages + values
-        require_finite(advantages, "an advantage")
-
-        # ==== level scores (PLR, eq. 2): how much is there still to learn on each level? ====
-        # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
-        if args.score == "value_l1":
-            step_scores = advantages.abs()
-        elif args.score == "gae":
-            step_scores = advantages
-        elif args.score == "positive_value_loss":
-            step_scores = advantages.clamp(min=0)
-        elif args.score == "one_step_td_error":
-            step_scores = deltas.abs()
-        elif args.score == "policy_entropy":
-            step_scores = share(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
-        elif args.score == "least_confidence":
-            step_scores = share(1 - logits.exp().amax(-1))
-        elif args.score == "min_margin":
-            step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
-        elif args.score == "max_mc":  # Robust PLR: best return so far on the level, in the units of the values
-            step_scores = torch.from_numpy(sampler.best_returns(levels)).float() - values
-        phase("sampler")
-        sampler.update(levels, step_scores.cpu().numpy(), ended)
-
-        # ==== optimise (PPO) ====
-        phase("update")
-        b_obs, b_actions, b_logprobs = obs.flatten(0, 1), actions.reshape(-1), logprobs.reshape(-1)
-        b_advantages, b_returns, b_values = torch.stack((advantages, returns, values)).flatten(1).to(device)
-        losses, updates = torch.zeros(7, device=device), 0  # summed over the minibatches, read once
-        for _epoch in range(args.update_epochs):
-            for mb_inds in torch.randperm(args.batch_size, device=device).split(args.minibatch_size):
-                mb_advantages = b_advantages[mb_inds]
-                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                if WORLD > 1:  # this rank's part of the minibatch
-                    own = mb_inds % N // n == RANK
-                    mb_inds, mb_advantages = mb_inds[own], mb_advantages[own]
-                own_inds = mb_inds // N * n + mb_inds % n  # in the (T * n,) of this rank
-                _, newlogprob, entropy, newvalue, _ = agent.get_action_and_value(b_obs[own_inds], b_actions[own_inds])
-                logratio = newlogprob - b_logprobs[own_inds]
-                ratio = logratio.exp()
-                pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = mean(torch.max(pg_loss1, pg_loss2))
-                v_change = (newvalue - b_values[mb_inds]).clamp(-args.clip_coef, args.clip_coef)
-                v_loss_clipped = (b_values[mb_inds] + v_change - b_returns[mb_inds]) ** 2
-                v_loss = 0.5 * mean(torch.max((newvalue - b_returns[mb_inds]) ** 2, v_loss_clipped))
-                entropy_loss = mean(entropy)
-                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-                optimizer.zero_grad()
-                loss.backward()
-                add_gradients(agent)
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-                with torch.no_grad():  # approx_kl: http://joschu.net/blog/kl-approx.html
-                    old_approx_kl, approx_kl = mean(-logratio), mean((ratio - 1) - logratio)
-                    clipfrac = mean(((ratio - 1).abs() > args.clip_coef).float())
-                    parts = (v_loss, pg_loss, entropy_loss, old_approx_kl, approx_kl, clipfrac, grad_norm / WORLD)
-                    losses += torch.stack(parts).detach()
-                    updates += 1
-            if args.target_kl is not None and share(approx_kl[None]).sum() > args.target_kl:
-                break
-
-        # ==== log ====
-        losses = share(losses[:, None]).sum(-1) / updates
-        require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
-        phase("rest")
-        seconds = time.time() - iteration_start
-        train_seconds += seconds
-        names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-        mean_return, mean_length = np.mean(finished, axis=0).tolist() if finished else (math.nan, math.nan)
-        row = {
-            "charts/episodic_return": mean_return,
-            "charts/episodic_length": mean_length,
-            "charts/episodes": len(finished),
-            "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/SPS": args.batch_size / seconds,
-            **{f"losses/{name}": value for name, value in zip(names, losses.tolist())},
-            "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
-            **{f"curriculum/{name}": value for name, value in sampler.metrics().items()},
-        }
-        if args.profile and last:
-            profiler.stop()
-            profiler.export_chrome_trace(str(run_dir / f"trace_{RANK}.json.gz"))
-        if RANK == 0:
-            log(run_dir / "progress.csv", row)
-
-        # ==== evaluate ====
-        if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
-            video = run_dir / "videos" / f"step_{global_step}.gif" if args.capture_video else None
-            evaluation = evaluate(agent, args, device, video)
-            log(run_dir / "evaluations.csv", {f"eval/{k}": x for k, x in evaluation.items() if k != "episodes"})
-
-        # ==== checkpoint ====
-        stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
-        if last or stopping or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
-            save_checkpoint()
-        if RANK == 0 and (last or iteration == 1 or train_seconds - shown_at[1] > 10):
-            left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
-            pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
-            line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
-            line += f" | {pace:,.0f} steps/s | train return {mean_return:.2f}"
-            if evaluation:
-                line += f" | evaluation: train {evaluation['train_return']:.2f}, test {evaluation['test_return']:.2f}"
-            print(line, flush=True)
-            shown_at = (global_step, train_seconds)
-
-    envs.close()
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK > 0:
-        return
-    writer.close()
-    if stopping:
-        print(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {run_dir}", flush=True)
-        raise SystemExit(130 if signal.SIGINT in stopped else 0)
-    evaluation = evaluation or evaluate(agent, args, device)
-    result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
-    result |= {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
-    result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}
-    result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
-    write_file(run_dir / "result.json", result)
-    print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)
+        details = f"{directory}/error_{RANK}.txt has details; to go on: --resume {directory}"
+        refuse(f"{what}. {details}", status=1)
+    if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":

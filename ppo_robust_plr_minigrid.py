@@ -1,23 +1,27 @@
 """Recurrent PPO + Robust Prioritized Level Replay (PLR-perp) on mazes, in one file.
 
-    python ppo_robust_plr_minigrid.py                                  # Robust PLR with the published settings
-    python ppo_robust_plr_minigrid.py --curriculum plr                 # PLR: also learns on new levels
-    python ppo_robust_plr_minigrid.py --curriculum dr                  # baseline: domain randomisation, new levels only
-    python ppo_robust_plr_minigrid.py --env-id MiniGrid-MultiRoom-N4-S5-v0       # any registered MiniGrid environment
-    python ppo_robust_plr_minigrid.py --resume runs/RUN                # goes on where the run's last checkpoint is
-    torchrun --nproc-per-node 8 ppo_robust_plr_minigrid.py             # several GPUs or machines, one curriculum
+    python ppo_robust_plr_minigrid.py                    # Robust PLR with the published settings
+    python ppo_robust_plr_minigrid.py --curriculum plr   # PLR: also learns on new levels
+    python ppo_robust_plr_minigrid.py --curriculum dr    # domain randomisation: new levels only
+    python ppo_robust_plr_minigrid.py --env-id MiniGrid-MultiRoom-N4-S5-v0  # any MiniGrid
+    python ppo_robust_plr_minigrid.py --resume runs/RUN  # from the last checkpoint on
+    torchrun --nproc-per-node 8 ppo_robust_plr_minigrid.py  # several GPUs, one curriculum
     python ppo_robust_plr_minigrid.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
-Robust PLR: "Replay-Guided Adversarial Environment Design" (Jiang et al. 2021, arXiv 2110.02439), Algorithm 1. PLR:
-arXiv 2010.03934. PPO: CleanRL. Defaults: the released 25-block configuration; README.md lists deviations, logged keys.
+Robust PLR: Jiang et al., "Replay-Guided Adversarial Environment Design", 2021 (arXiv 2110.02439),
+Algorithm 1. PLR: arXiv 2010.03934. PPO and the names in this file: CleanRL. Defaults: the 25-block
+configuration of dcd (github.com/facebookresearch/dcd).
 
-A rollout starts fresh episodes, all on replayed levels or all on new ones. Its end and a time limit count 0 from there
-on, as in dcd, and an episode that is cut off is not scored. With --bootstrap-timeouts the critic's value counts at
-both, and the cut episode is scored too (not by max_mc, which needs whole ones).
+To train on another environment, read Args, Agent, train() and make_envs(); what stands below the
+banner "machinery" can stay as it is. A rollout starts fresh episodes, all on replayed levels or
+all on new ones. Its end and a time limit count 0 from there on, as in dcd, and an episode that is
+cut off is not scored. With --bootstrap-timeouts the critic's value counts at both, and the cut
+episode is scored too (not by max_mc, which needs whole ones).
 """
 
 import contextlib
 import ctypes
+import functools
 import heapq
 import importlib.util
 import io
@@ -53,61 +57,43 @@ from torch.utils.tensorboard import SummaryWriter
 
 from plr_sampler import LevelSampler
 
-# The published evaluation mazes, without their border: > agent facing east, # wall, G goal, g one of the possible goals
-MAZES = """
-SixteenRooms  Labyrinth     Labyrinth2    Maze          Maze2         SmallCorridor SixteenRoomsFewerDoors Maze3
-...#..#..#... ............. >#........... .....#>...#.. ...#.#....#.. ............. ...#.....#...          ...>#.#......
-.>.......#... .###########. .#.#########. .###.####.##. .#.#.####...# .#.#.#.#.#.#. .>....#..#...          .####.#.####.
-...#..#...... .#.........#. .#.#.......#. .#........... .#........#.. .#.#.#.#.#.#. ...#..#..#...          .#....#.#....
-#.###.##.###. .#.#######.#. .#.#.#####.#. .########.### .########.### .#.#.#.#.#.#. ####.##.###.#          ...####.#.#.#
-...#......... .#.#.....#.#. .#.#.#...#.#. ........#.... ...#..#.#.#.G .#.#.#.#.#.#. ...#..#......          ##.#....#.#..
-......#..#... .#.#.###.#.#. ...#.#.#.#.#. ######.#####. ##.#.##.#.#.. .#g#g#g#g#g#. ......#..#...          ...#.##.#.##.
-##.#.##.###.# .#.#.#G#.#.#. ####.#G#.#.#. ....#..#..... >#.#....#.##. >###########. #.#####.#####          .#.#.#..#..#G
-...#.....#... .#.#.#.#.#.#. ...#.###.#.#. .##...##.#### .#.##.###..#. .#g#g#g#g#g#. ...#..#..#...          .#.#.#.###.##
-...#..#...... .#...#...#.#. .#.#.....#.#. ..#.#..#...#. .#..#..###.#. .#.#.#.#.#.#. ...#.........          .#...#.#.#...
-.####.##.#.## .#########.#. .#.#######.#. #.#.##.###.#. .##.##.#.#.#. .#.#.#.#.#.#. ##.##.##.####          .###.#.#.###.
-...#..#..#... .....#.....#. .#.........#. #.#..#...#... .#...#.#.#.#. .#.#.#.#.#.#. ...#..#..#...          .#...#.#...#.
-......#....G. ####.#.#####. .###########. #.##.###.###. .#.#.#.#.#.#. .#.#.#.#.#.#. ......#....G.          .#.###.#.#.#.
-...#.....#... >....#....... ............. ...#..G#.#... ...#...#..... ............. ...#..#..#...          .#...#...#...
-"""
-half = ["." * 19, *["." + "#." * 9] * 7, "." + "#g" * 8 + "#."]  # of LargeCorridor, like SmallCorridor
-NAMED_MAZES = {"LargeCorridor": [*half, ">" + "#" * 17 + ".", *half[::-1]]}  # name -> (height, width) characters
-NAMED_MAZES |= {name: rows for name, *rows in zip(*map(str.split, MAZES.strip().splitlines()))}
-NAMED_MAZES = {name: np.array([list(row) for row in rows]) for name, rows in NAMED_MAZES.items()}
+# gym's, of -v0 environments with a -v1
+warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
 
-warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)  # gym's, of -v0 environments with a -v1
-SCORES = "max_mc positive_value_loss value_l1 gae one_step_td_error policy_entropy least_confidence min_margin".split()
-FORMAT = "ppo_robust_plr_minigrid 3"  # of checkpoint.pt
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's: process, processes
-FREE_ON_RESUME = "total_timesteps checkpoint_interval capture_video track profile resume evaluate".split()
-FIRST_TEST_LEVEL = 2**30  # levels (reset seeds) below are for training, those from here on for evaluation
-Obs = dict[str, Tensor]  # "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
+SCORES = (
+    "max_mc", "positive_value_loss", "value_l1", "gae",
+    "one_step_td_error", "policy_entropy", "least_confidence", "min_margin",
+)  # fmt: skip
+# levels (reset seeds) below are for training, those from here on for evaluation
+FIRST_TEST_LEVEL = 2**30
+# "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
+Obs = dict[str, Tensor]
 
 
 @dataclass
 class Args:
     # Experiment
-    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # part of the default run directory's name
+    exp_name: str = os.path.basename(__file__)[: -len(".py")]  # part of the default run_dir's name
     seed: int = 1  # decides everything random; evaluation has random streams of its own
     torch_deterministic: bool = True  # choose deterministic kernels; the CPU's always are
     cuda: bool = True  # train on the GPU if there is one
-    track: bool = False  # also log to Weights and Biases; WANDB_PROJECT and WANDB_ENTITY name the project and team
-    run_dir: str | None = None  # where the run's files go; runs/{env_id}__{exp_name}__{seed}__{time} if not given
-    checkpoint_interval: int = 50  # iterations between checkpoints (0: only at the start and the end)
-    resume: str | None = None  # continue the run in this directory exactly, with its flags; --total-timesteps may grow
+    track: bool = False  # log to Weights and Biases too: WANDB_PROJECT, WANDB_ENTITY name where
+    run_dir: str | None = None  # default: runs/{env_id}__{exp_name}__{seed}__{time}
+    checkpoint_interval: int = 50  # iterations between checkpoints (0: at the start and the end)
+    resume: str | None = None  # go on with the run in this directory; --total-timesteps may grow
 
     # Environment
-    env_id: str = "maze"  # random mazes as tensors, or a registered MiniGrid environment, with levels = reset seeds
-    num_walls: int = 25  # wall blocks placed in a maze, with replacement (the ACCEL paper: 60 with --vary-num-walls)
-    vary_num_walls: bool = False  # draw each maze's number of blocks uniformly from 0 to --num-walls
+    env_id: str = "maze"  # mazes as tensors, or a registered MiniGrid environment's reset seeds
+    num_walls: int = 25  # blocks placed in a maze, with replacement (ACCEL: 60, varied)
+    vary_num_walls: bool = False  # draw each maze's number of blocks from 0 to --num-walls
     maze_size: int = 15  # cells along a side of a maze, border included
     max_steps: int = 250  # time limit of an episode in a maze; registered environments keep theirs
 
     # PPO (dcd's 25-block configurations)
-    total_timesteps: int = 250_000_000  # environment steps of the whole run, new levels included, in full iterations
+    total_timesteps: int = 250_000_000  # environment steps in full iterations, new levels included
     learning_rate: float = 1e-4  # of Adam
     num_envs: int = 32  # environments played side by side, on all GPUs together
-    num_steps: int = 256  # steps of each environment per rollout: at least the time limit, to finish episodes
+    num_steps: int = 256  # steps per rollout: at least the time limit, to finish episodes
     anneal_lr: bool = False  # let the learning rate fall linearly to 0
     gamma: float = 0.995  # discount
     gae_lambda: float = 0.95  # lambda of the generalized advantage estimation
@@ -117,119 +103,667 @@ class Args:
     ent_coef: float = 0.01  # weight of the entropy bonus (the 60-block configurations: 0)
     vf_coef: float = 0.5  # weight of the value loss
     max_grad_norm: float = 0.5  # bound on the norm of the gradient
-    target_kl: float | None = None  # stop an iteration's epochs once the approximate KL divergence exceeds this
-    bootstrap_timeouts: bool = False  # at a time limit and the rollout's end, count the critic's value instead of 0
+    target_kl: float | None = None  # end an iteration's epochs once approx_kl exceeds this
+    bootstrap_timeouts: bool = False  # at a time limit and a rollout's end, count the value, not 0
 
     # Robust PLR
-    curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"  # learn on replayed levels, on all, on new ones only
-    replay_prob: float = 0.5  # probability that a rollout replays levels from the buffer, once that is filled to --rho
+    # learn on replayed levels only, on all, on new ones only (there is no replay then)
+    curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
+    replay_prob: float = 0.5  # probability that a rollout replays, once the buffer is filled to rho
     buffer_size: int = 4000  # levels kept for replay
-    score: Literal[tuple(SCORES)] = "max_mc"  # what is left to learn on a level; formulas at "level scores" below
-    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"  # PLR's h
+    # estimate of a level's regret; the formulas stand at LEVEL SCORES in train()
+    score: Literal[SCORES] = "max_mc"
+    score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"
     temperature: float = 0.1  # of the transform (PLR's beta): lower is greedier
     staleness_coef: float = 0.3  # share of replay by staleness (PLR's rho)
-    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"  # P(replay) = fill up to --replay-prob, or it
+    # P(replay): proportionate: min(fill, replay_prob); fixed: replay_prob
+    replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
     rho: float = 0.5  # fill of the buffer before any level is replayed
-    nu: float | None = None  # probability of a rollout on new levels, 1 - replay_prob, as the Procgen script names it
-    alpha: float = 1.0  # weight of a level's new score in its running mean (1: the last score counts)
+    nu: float | None = None  # 1 - replay_prob, as the Procgen script names it
+    alpha: float = 1.0  # weight of a new score in a level's running mean (1: the last one counts)
 
     # Evaluation
     eval_interval: int = 250  # iterations between evaluations (0: only at the end)
     eval_episodes: int = 100  # episodes in each evaluation environment
     capture_video: bool = False  # write a GIF of an episode in each evaluation maze
-    evaluate: str | None = None  # only evaluate the run in this directory. Other flags default to that run's
+    evaluate: str | None = None  # only evaluate the run in this directory, with its flags
 
     # Speed
-    precision: Literal["fp32", "tf32", "bf16"] = "fp32"  # bf16: faster on CPUs with AMX; a GPU learns in tf32 with it
-    compile: bool = False  # torch.compile the step of the mazes and the acting network's; the update is not
-    profile: bool = False  # print each phase's share of the time; trace the last iteration, for ui.perfetto.dev
+    # bf16: faster on CPUs with AMX; on a GPU it acts in bf16 and learns in tf32
+    precision: Literal["fp32", "tf32", "bf16"] = "fp32"
+    compile: bool = False  # torch.compile the step of the mazes and the network's, to act
+    profile: bool = False  # print the phases' shares of time; trace the last iteration
     batch_size: int = field(init=False)
+    minibatch_size: int = field(init=False)
     num_iterations: int = field(init=False)
 
     def __post_init__(self):
         self.batch_size = self.num_envs * self.num_steps
+        self.minibatch_size = self.batch_size // max(self.num_minibatches, 1)
         self.num_iterations = self.total_timesteps // max(self.batch_size, 1)
         if self.nu is not None:
             self.replay_prob = 1 - self.nu
 
 
-def refuse(reason: str, status: int = 2) -> None:
-    time.sleep(30 * (RANK > 0 and status == 2))  # rank 0 says it, and torchrun ends the others
-    print(f"error: {reason}", file=sys.stderr)
-    raise SystemExit(status)
+def head(size: int, std: float) -> nn.Sequential:
+    layers = nn.Sequential(nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, size))
+    for layer, gain in ((layers[0], math.sqrt(2)), (layers[2], std)):
+        nn.init.orthogonal_(layer.weight, gain)
+        nn.init.constant_(layer.bias, 0.0)
+    return layers
 
 
-def check_args(args: Args) -> None:
-    """Refuses what cannot work, with one sentence and exit status 2."""
+def pack_episodes(starts: np.ndarray) -> tuple[int, np.ndarray]:
+    """Sequence packing: the episodes of a rollout, laid one after another into N rows, so that one
+    call of the LSTM takes them all. Between two, a step is left free, in which it forgets.
 
-    def require(names: str, allowed: Callable[[Any], bool], what: str) -> None:
-        for name in names.split():
-            value = getattr(args, name)
-            if value is not None and not allowed(value):
-                refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
-
-    require("total_timesteps num_envs num_steps num_minibatches", lambda x: x >= 1, "at least 1")
-    require("update_epochs eval_episodes buffer_size max_steps", lambda x: x >= 1, "at least 1")
-    counts = "seed num_walls checkpoint_interval eval_interval ent_coef vf_coef"
-    require(counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
-    require("learning_rate temperature max_grad_norm clip_coef target_kl", lambda x: 0 < x < math.inf, "above 0")
-    require("gamma gae_lambda nu replay_prob staleness_coef rho", lambda x: 0 <= x <= 1, "between 0 and 1")
-    require("alpha", lambda x: 0 < x <= 1, "above 0 and at most 1")
-    require("maze_size", lambda x: 5 <= x <= 255, "between 5 and 255")
-    require("num_envs", lambda x: x % WORLD == 0, f"a multiple of torchrun's {WORLD} processes")
-    parts = f"a divisor of --num-envs {args.num_envs}" + f" / {WORLD} processes" * (WORLD > 1)
-    require("num_minibatches", lambda x: args.num_envs // WORLD % x == 0, parts)
-    first, why = args.batch_size * (3 if args.profile else 1), "--num-envs x --num-steps, three times with --profile"
-    if args.curriculum == "robust_plr":
-        require("replay_prob", lambda x: x > 0, "above 0: robust_plr learns from replayed levels only")
-        fill = math.ceil(args.rho * args.buffer_size)
-        first = max(first, args.batch_size * (1 + math.ceil(fill / args.num_envs)))
-        why = f"robust_plr learns nothing before the buffer holds --rho x --buffer-size = {fill} levels"
-    require("total_timesteps", lambda x: x >= first, f"at least {first}: {why}")
-    time_limit = args.max_steps if args.env_id == "maze" else check_environment(args.env_id)
-    if args.env_id == "maze":
-        most = (args.maze_size - 2) ** 2 - 2
-        require("num_walls", lambda x: x <= most, f"at most {most}, the cells of --maze-size {args.maze_size} but two")
-    if args.curriculum == "dr":
-        return
-    require("buffer_size", lambda x: x >= args.num_envs, f"at least --num-envs {args.num_envs}")
-    if args.score in ("gae", "max_mc"):
-        require("score_transform", lambda x: x != "power", f"another: --score {args.score} can be negative")
-    if args.score == "max_mc" or not args.bootstrap_timeouts:
-        why = "max_mc needs whole episodes" if args.bootstrap_timeouts else "an episode that is cut off is not scored"
-        require("num_steps", lambda x: x >= time_limit, f"at least {time_limit}, the time limit: {why}")
+    starts (T, N) bool: obs[t] begins an episode. Returns the length L of the rows, and the place
+    l * N + row of each step in them, (T * N,) int64.
+    """
+    T, N = starts.shape
+    begins_or_goes_on = starts.T | (np.arange(T) == 0)
+    first = np.flatnonzero(begins_or_goes_on)  # steps of each episode, env after env
+    length = np.diff(np.append(first, T * N))
+    longest_first = np.argsort(-length, kind="stable")
+    rows = [(0, row) for row in range(N)]  # a heap: steps taken, row
+    begin = np.zeros(len(length), np.int64)
+    row_of = np.zeros(len(length), np.int64)
+    for episode in longest_first.tolist():  # each into the shortest row so far
+        steps, row = rows[0]
+        begin[episode] = steps
+        row_of[episode] = row
+        heapq.heapreplace(rows, (steps + int(length[episode]) + 1, row))
+    step_in_episode = np.arange(T * N) - first.repeat(length)
+    position = (begin.repeat(length) + step_in_episode) * N + row_of.repeat(length)
+    return max(rows)[0] - 1, position.reshape(N, T).T.ravel()
 
 
-def check_environment(env_id: str) -> int:
-    """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns its time limit."""
-    try:
-        env = gym.make(env_id).unwrapped
-        if not isinstance(env, MiniGridEnv):
-            raise TypeError(f"it is a {type(env).__name__}")
-    except Exception as error:  # or not registered, for which Gymnasium knows what was perhaps meant, or its own
-        why = (str(error) or repr(error)).splitlines()[0]
-        refuse(f"--env-id {env_id} must be maze or a registered MiniGrid environment: {why}")
-    starts, time_limit = {}, 0
-    for level in (*range(10), *range(10)):
-        direction = env.reset(seed=level)[0]["direction"]
-        start = (env.grid.encode().tobytes(), direction, tuple(env.agent_pos))
-        if starts.setdefault(level, start) != start:
-            refuse(f"--env-id {env_id} starts differently after two resets with one seed: that must decide the level.")
-        time_limit = max(time_limit, env.max_steps)  # some depend on the level
-    return time_limit
+class Agent(nn.Module):
+    """dcd's network: a convolution, an LSTM of 256, a policy and a value head."""
+
+    def __init__(self, envs: gym.vector.VectorEnv, precision: str = "fp32"):
+        super().__init__()
+        self.view = envs.single_observation_space["image"].shape
+        h, w, c = self.view
+        self.bf16 = precision == "bf16"
+        self.conv = nn.Conv2d(c, 16, kernel_size=3)
+        self.direction = nn.Embedding(4, 5)
+        nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
+        inputs = 16 * (h - 2) * (w - 2) + 5 + 1  # convolution, direction, the mark of a gap
+        # padded to a multiple of 32 (AMX tiles): bf16 is faster so
+        self.lstm = nn.LSTM(math.ceil(inputs / 32) * 32, 256)
+        for name, parameter in self.lstm.named_parameters():
+            if "weight" in name:
+                nn.init.orthogonal_(parameter, 1.0)
+            else:
+                nn.init.constant_(parameter, 0.0)
+        # The last input is 1 in a gap between packed episodes, where the gates i and f are
+        # sigmoid(-1e4) = 0, which resets the state; saturated, so these weights are never trained.
+        self.lstm.weight_ih_l0.data[: 2 * 256, -1] = -1e4
+        self.actor = head(int(envs.single_action_space.n), std=0.01)
+        self.critic = head(1, std=1.0)
+
+    def conv_matrix(self) -> tuple[Tensor, Tensor]:
+        """The convolution of pixels / 10 as a matrix product, faster for so few pixels: weight
+        (75, 144) and bias (144,) for 5 x 5 views."""
+        h, w, c = self.view
+        one_hot = torch.eye(h * w * c, device=self.conv.weight.device)
+        one_hot = one_hot.view(-1, h, w, c).permute(0, 3, 1, 2)  # "bhwc" -> "bchw"
+        weight = nn.functional.conv2d(one_hot, self.conv.weight / 10.0).flatten(1)
+        return weight, self.conv.bias.repeat_interleave((h - 2) * (w - 2))
+
+    @torch.no_grad()
+    def step_weights(self) -> list[Tensor]:
+        """What `act` multiplies by, made once per rollout: weight and bias of the convolution, of
+        the LSTM (gates i, f, o, g), of the heads' first and of their second layer."""
+        conv, conv_bias = self.conv_matrix()
+        inputs = conv.shape[1] + 5
+        lstm = torch.cat((self.lstm.weight_ih_l0[:, :inputs], self.lstm.weight_hh_l0), dim=1)
+        i, f, g, o = lstm.chunk(4)
+        lstm = torch.cat((i, f, o, g)).t().contiguous()
+        i, f, g, o = (self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0).chunk(4)
+        lstm_bias = torch.cat((i, f, o, g))
+        weights = [conv, conv_bias, lstm, lstm_bias]
+        if self.bf16:
+            weights = [x.bfloat16() for x in weights]
+        actor, critic = self.actor, self.critic
+        first = torch.cat((actor[0].weight, critic[0].weight)).t().contiguous()
+        first_bias = torch.cat((actor[0].bias, critic[0].bias))
+        second = torch.block_diag(actor[2].weight, critic[2].weight).t().contiguous()
+        second_bias = torch.cat((actor[2].bias, critic[2].bias))
+        return [*weights, first, first_bias, second, second_bias]
+
+    @torch.no_grad()
+    def act(
+        self, obs: Obs, state: tuple[Tensor, Tensor], weights: list[Tensor], noise: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
+        """A step of N environments. state: h and c (N, 256); noise (N, actions) of Exp(1).
+
+        Returns action (N,), value (N,), logits (N, actions) that are not normalised, and state.
+        """
+        conv, conv_bias, lstm, lstm_bias, first, first_bias, second, second_bias = weights
+        h, c = state
+        with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
+            x = torch.relu(torch.addmm(conv_bias, obs["image"].flatten(1).float(), conv))
+            x = torch.cat((x, self.direction(obs["direction"]), h), dim=1)
+            gates = torch.addmm(lstm_bias, x, lstm).float()
+        i, f, o = torch.sigmoid(gates[:, : 3 * 256]).chunk(3, dim=1)
+        g = torch.tanh(gates[:, 3 * 256 :])
+        c = f * c + i * g
+        h = o * torch.tanh(c)
+        hidden = torch.tanh(torch.addmm(first_bias, h, first))
+        out = torch.addmm(second_bias, hidden, second)
+        logits = out[:, :-1]
+        # Exponential race (Gumbel-max without logarithms): argmax p / E is a sample of p
+        action = (logits.exp() / noise).argmax(-1)
+        return action, out[:, -1], logits, (h, c)
+
+    def unroll(self, image: Tensor, direction: Tensor, length: int, position: Tensor) -> Tensor:
+        """A whole rollout, to learn: image (T, N, 5, 5, 3), direction (T, N), the length of the
+        rows and the position of each step as `pack_episodes` gives them -> the LSTM's outputs
+        (length * N, 256)."""
+        conv, conv_bias = self.conv_matrix()
+        # bf16 on CPUs only: a GPU's autocast runs LSTMs in float16, which is too coarse
+        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and not image.is_cuda):
+            pixels = image.flatten(0, 1).flatten(1).float()
+            x = torch.relu(torch.addmm(conv_bias, pixels, conv))
+            x = torch.cat((x, self.direction(direction.flatten()).to(x.dtype)), dim=1)
+            x = nn.functional.pad(x, (0, self.lstm.input_size - x.shape[1]))
+            gap = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[-1]
+            rows = gap.repeat(length * image.shape[1], 1).index_copy_(0, position, x)
+            outputs, _ = self.lstm(rows.view(length, -1, len(gap)))
+            return outputs.flatten(0, 1).float()
+
+    def evaluate_actions(
+        self, hidden: Tensor, position: Tensor, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """hidden (P, 256) from `unroll`, position and action (B,) -> log-probability, entropy and
+        value (B,)."""
+        logits = self.actor(hidden).index_select(0, position).log_softmax(-1)
+        logprob = logits.gather(-1, action[:, None]).squeeze(-1)
+        entropy = -(logits.exp() * logits).sum(-1)
+        value = self.critic(hidden).squeeze(-1).index_select(0, position)
+        return logprob, entropy, value
 
 
-# ---- levels and environments ----------------------------------------------------------------------------------------
+def ppo_loss(
+    agent: Agent,
+    args: Args,
+    mb_images: Tensor,
+    mb_directions: Tensor,
+    length: int,
+    position: Tensor,
+    mb_actions: Tensor,
+    mb_logprobs: Tensor,
+    mb_advantages: Tensor,
+    mb_returns: Tensor,
+    mb_values: Tensor,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """PPO's loss of a minibatch of whole environments, or of this process's part of it: mb_images
+    (T, M, 5, 5, 3), mb_directions (T, M), length and position as `pack_episodes` gives them, the
+    others (T * M,), the advantages normalised. Returns the loss, and what is logged of it."""
+    hidden = agent.unroll(mb_images, mb_directions, length, position)
+    newlogprob, entropy, newvalue = agent.evaluate_actions(hidden, position, mb_actions)
+    logratio = newlogprob - mb_logprobs
+    ratio = logratio.exp()
 
+    with torch.no_grad():
+        # calculate approx_kl http://joschu.net/blog/kl-approx.html
+        old_approx_kl = mean(-logratio, args)
+        approx_kl = mean((ratio - 1) - logratio, args)
+        clipfrac = mean(((ratio - 1.0).abs() > args.clip_coef).float(), args)
+
+    # Policy loss
+    pg_loss1 = -mb_advantages * ratio
+    pg_loss2 = -mb_advantages * torch.clamp(ratio, 1 - args.clip_coef, 1 + args.clip_coef)
+    pg_loss = mean(torch.max(pg_loss1, pg_loss2), args)
+
+    # Value loss
+    v_loss_unclipped = (newvalue - mb_returns) ** 2
+    v_clipped = mb_values + torch.clamp(newvalue - mb_values, -args.clip_coef, args.clip_coef)
+    v_loss_clipped = (v_clipped - mb_returns) ** 2
+    v_loss = 0.5 * mean(torch.max(v_loss_unclipped, v_loss_clipped), args)
+
+    entropy_loss = mean(entropy, args)
+    loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
+    return loss, {
+        "value_loss": v_loss.detach(),
+        "policy_loss": pg_loss.detach(),
+        "entropy": entropy_loss.detach(),
+        "old_approx_kl": old_approx_kl,
+        "approx_kl": approx_kl,
+        "clipfrac": clipfrac,
+    }
+
+
+def train(args: Args, run: "Run") -> None:
+    # ---- setup: T steps of N environments, n of them in this process (all without torchrun) ----
+    device = run.device
+    phase = run.profile.phase
+    T = args.num_steps
+    N = args.num_envs
+    n = N // WORLD
+    own = slice(RANK * n, (RANK + 1) * n)
+    torch.manual_seed(args.seed)  # network, actions, minibatches
+
+    envs = make_envs(args, n, device)
+    agent = Agent(envs, args.precision).to(device)
+    agent_act = torch.compile(agent.act) if args.compile else agent.act
+    optimizer = make_optimizer(agent, args, device)
+    sampler = make_sampler(args)
+
+    # ---- storage on the device: this process's environments ----
+    num_actions = int(envs.single_action_space.n)
+    image_shape = envs.single_observation_space["image"].shape
+    images = torch.zeros((T, n, *image_shape), dtype=torch.uint8, device=device)
+    directions = torch.zeros((T, n), dtype=torch.int64, device=device)
+    actions = torch.zeros((T, n), dtype=torch.int64, device=device)
+    logits = torch.zeros((T, n, num_actions), device=device)  # not normalised
+    logprobs = torch.zeros((T, n), device=device)
+    values = torch.zeros((T + 1, n), device=device)  # values[T]: of what follows the rollout
+    noise = torch.zeros((N, num_actions), device=device)  # the same in every process
+    next_obs = {"image": torch.zeros_like(images[0]), "direction": torch.zeros_like(directions[0])}
+    next_begins = torch.ones((n, 1), dtype=torch.bool, device=device)  # next_obs begins an episode
+    lstm_state = torch.zeros((2, n, 256), device=device)  # h and c
+    step_weights = agent.step_weights()
+    outcome = torch.zeros((3, n), device=device)  # of a step: reward, terminated, truncated
+    step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
+
+    # ---- storage on the CPU: all environments ----
+    rewards = np.zeros((T, N), np.float32)
+    final_values = np.zeros((T, N), np.float32)  # of where a time limit ended the episode
+    dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
+    levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
+    run.storage = {"images": images, "directions": directions, "actions": actions}
+    run.storage |= {"logits": logits, "values": values, "rewards": rewards, "levels": levels}
+
+    def act_and_step() -> None:
+        """A step of the policy and of the environments, which goes into the storage."""
+        noise.exponential_()
+        state = lstm_state * ~next_begins
+        action, value, logit, state = agent_act(next_obs, state, step_weights, noise[own])
+        step_of = ((images, next_obs["image"]), (directions, next_obs["direction"]))
+        for storage, x in (*step_of, (actions, action), (logits, logit), (values, value)):
+            storage.index_copy_(0, step_on_device, x[None])
+        step_on_device.add_(1)
+        phase("environment")
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        set_next_obs(obs)
+        next_begins.copy_((terminations | truncations)[:, None])
+        torch.stack(state, out=lstm_state)
+        torch.stack((reward, terminations.float(), truncations.float()), out=outcome)
+
+    def set_next_obs(obs: Obs) -> None:
+        next_obs["image"].copy_(obs["image"])
+        next_obs["direction"].copy_(obs["direction"])
+
+    def next_value() -> Tensor:
+        """(n,) the critic's value of next_obs, in the episode so far."""
+        return agent_act(next_obs, lstm_state, step_weights, noise[own])[1]
+
+    # ---- b_targets: advantages, returns and values of all environments ----
+    b_targets = torch.zeros((3, T, N), device=device)
+    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
+
+    def learn(mb_envs: Tensor, length: int, position: Tensor) -> Tensor:
+        """A step of the optimizer, from the rollouts of the environments mb_envs; approx_kl."""
+        mb_advantages, mb_returns, mb_values = b_targets[:, :, mb_envs]
+        mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
+        mine, mb_inds = part_of_minibatch(mb_envs, n)
+        minibatch = (actions[:, mb_inds], logprobs[:, mb_inds])
+        targets = (mb_advantages[:, mine], mb_returns[:, mine], mb_values[:, mine])
+        packed = (images[:, mb_inds], directions[:, mb_inds], length, position)
+        flat = [x.reshape(-1) for x in (*minibatch, *targets)]
+        loss, parts = ppo_loss(agent, args, *packed, *flat)
+        optimizer.zero_grad()
+        loss.backward()
+        all_reduce_gradients(agent)
+        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+        optimizer.step()
+        parts["grad_norm"] = grad_norm / WORLD
+        losses.add_(torch.stack([parts[name] for name in LOSSES]))
+        return parts["approx_kl"]
+
+    # ---- start, or go on where the checkpoint is ----
+    run.parts = {"agent": agent, "optimizer": optimizer, "sampler": sampler}
+    run.totals = {"gradient_updates": 0, "untrained_steps": 0}
+    run.restore(envs, own)
+
+    for iteration in run.iterations(envs):
+        # Annealing the rate if instructed to do so.
+        if args.anneal_lr:
+            frac = 1.0 - (iteration - 1.0) / args.num_iterations
+            optimizer.param_groups[0]["lr"].fill_(frac * args.learning_rate)
+
+        # ---- rollout ----
+        # Algorithm 1: sample the replay decision d, one for all environments
+        replay = sampler.decide_replay()
+        # d = 0: a new level for each environment. d = 1: a level each from the buffer, by P_replay
+        next_done = np.ones(N, bool)
+        sampler.drop(next_done)  # the episodes that the last rollout cut off
+        next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
+        set_next_obs(envs.reset(seed=next_levels[own].tolist())[0])
+        next_begins.fill_(True)
+        for fixed, x in zip(step_weights, agent.step_weights()):
+            fixed.copy_(x)
+        step_on_device.zero_()
+        for step in range(0, args.num_steps):
+            phase("inference")
+            dones[step] = next_done
+            levels[step] = next_levels
+            act_and_step()
+            phase("transfer")
+            rewards[step], terminations, truncations = to_numpy(outcome)
+            phase("rest")
+            next_done = terminations + truncations > 0  # (N,) bool
+            if args.bootstrap_timeouts:
+                timeouts = truncations > terminations
+                final_values[step] = to_numpy(next_value()) * timeouts if timeouts.any() else 0.0
+            if next_done.any():
+                phase("sampler")
+                # d = 0: the same level again. d = 1: another one (after the last step too, as dcd)
+                again = None if replay else next_levels
+                next_levels = sampler.next_levels(next_done, replay, again)
+                phase("environment")
+                options = {"reset_mask": next_done[own]}
+                set_next_obs(envs.reset(seed=next_levels[own].tolist(), options=options)[0])
+
+        # ---- advantages (GAE), of all environments ----
+        phase("rest")
+        ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+        finished = finished_episodes(rewards, ended)
+        sampler.record_returns(levels[ended], finished["return"])  # for max_mc
+        logprobs_all = logits.log_softmax(-1)  # (T, n, actions)
+        logprobs.copy_(logprobs_all.gather(-1, actions[..., None]).squeeze(-1))
+        # bootstrap value if not done, and if asked to
+        values[T] = next_value() if args.bootstrap_timeouts else 0.0
+        all_values = to_numpy(values)
+        nextvalues = all_values[1:]
+        b_values = all_values[:-1]
+        nextnonterminal = 1.0 - ended.astype(np.float32)
+        nextvalues = final_values + nextvalues * nextnonterminal
+        deltas = rewards + args.gamma * nextvalues - b_values
+        advantages = np.zeros_like(deltas)
+        lastgaelam = np.zeros(N, np.float32)
+        for t in reversed(range(args.num_steps)):
+            lastgaelam = deltas[t] + args.gamma * args.gae_lambda * nextnonterminal[t] * lastgaelam
+            advantages[t] = lastgaelam
+        returns = advantages + b_values
+        run.require_finite("an advantage", advantages)
+
+        # ---- LEVEL SCORES (Algorithm 1: the score S, then the buffer's update) ----
+        # step_scores (T, N): the sampler averages them over each episode. Yours is one more line.
+        if args.score == "max_mc":  # regret, estimated with the best return so far on the level
+            step_scores = sampler.best_returns(levels).astype(np.float32) - b_values
+        elif args.score == "positive_value_loss":
+            step_scores = advantages.clip(min=0)
+        elif args.score == "value_l1":
+            step_scores = np.abs(advantages)
+        elif args.score == "gae":
+            step_scores = advantages
+        elif args.score == "one_step_td_error":
+            step_scores = np.abs(deltas)
+        elif args.score == "policy_entropy":
+            entropies = -(logprobs_all.exp() * logprobs_all).sum(-1)
+            step_scores = to_numpy(entropies / math.log(num_actions))
+        elif args.score == "least_confidence":
+            step_scores = to_numpy(1 - logprobs_all.exp().amax(-1))
+        elif args.score == "min_margin":
+            step_scores = to_numpy(1 + logprobs_all.exp().topk(2).values.diff(dim=-1).squeeze(-1))
+        score_tails = args.bootstrap_timeouts and args.score != "max_mc"
+        phase("sampler")
+        sampler.update(levels, step_scores, ended, score_tails=score_tails)
+
+        # ---- update (PPO; Algorithm 1: if d = 1, update the policy) ----
+        phase("update")
+        b_targets.copy_(torch.from_numpy(np.stack((advantages, returns, b_values))))
+        losses.zero_()
+        updates = 0
+        # Robust PLR learns nothing from new levels, so nothing is computed for them
+        learns = replay or args.curriculum != "robust_plr"
+        for epoch in range(args.update_epochs if learns else 0):
+            for mb_envs in deal_environments(N, args.num_minibatches):
+                _, mb_inds = part_of_minibatch(mb_envs, n)
+                length, position = pack_episodes(dones[:, own][:, mb_inds])
+                approx_kl = learn(mb_envs.to(device), length, torch.from_numpy(position).to(device))
+                updates += 1
+            if args.target_kl is not None and gather(approx_kl[None]).sum() > args.target_kl:
+                break
+        run.totals["gradient_updates"] += updates
+        run.totals["untrained_steps"] += 0 if learns else args.batch_size
+
+        # ---- log, evaluate, save ----
+        mean_losses = run.mean_losses(losses, updates)
+        curriculum = level_metrics(args, sampler, levels[dones], replay)
+        row = log_row(run, mean_losses, finished, sampler, returns, b_values)
+        run.log_iteration(row | curriculum)
+        if run.evaluation_due():
+            run.log_evaluation(evaluate(agent, args, device, run.video()))
+            run.log_pictures(level_pictures(args, sampler, iteration))
+        run.end_iteration(envs)
+    run.finish(envs, lambda: evaluate(agent, args, device))
+
+
+# ---- curriculum, minibatches, log ----------------------------------------------------------------
+
+
+def make_sampler(args: Args) -> LevelSampler:
+    options = {
+        "num_envs": args.num_envs,
+        "seed": args.seed,
+        "level_space": FIRST_TEST_LEVEL,
+    }
+    if args.curriculum == "dr":  # no buffer: every level is a new one
+        return LevelSampler(curriculum="uniform", **options)
+    return LevelSampler(
+        buffer_size=args.buffer_size,
+        score_transform=args.score_transform,
+        temperature=args.temperature,
+        staleness_coef=args.staleness_coef,
+        replay_schedule=args.replay_schedule,
+        rho=args.rho,
+        nu=1 - args.replay_prob,
+        alpha=args.alpha,
+        **options,
+    )
+
+
+def deal_environments(N: int, num_minibatches: int) -> Tensor:
+    """(num_minibatches, N / num_minibatches) int64, a minibatch's environments in each row: of
+    every num_minibatches environments in a row each gets one, so equally many of each process."""
+    groups = torch.arange(0, N, num_minibatches)[:, None]
+    order = torch.rand(len(groups), num_minibatches).argsort(dim=1)
+    return (groups + order).T
+
+
+def part_of_minibatch(mb_envs: Tensor, n: int) -> tuple[Any, Tensor]:
+    """Which environments of a minibatch are this process's, and where these are in its own storage
+    (T, n). All of them, where they are, without torchrun."""
+    if WORLD == 1:
+        return slice(None), mb_envs
+    mine = mb_envs // n == RANK
+    return mine, mb_envs[mine] - RANK * n
+
+
+def finished_episodes(rewards: np.ndarray, ended: np.ndarray) -> dict[str, np.ndarray]:
+    """rewards (T, N) float32, ended (T, N) bool -> return and length of the episodes that ended,
+    in order of time and environment."""
+    none_before = np.zeros(rewards.shape[1])
+    returns, _ = running_sums(none_before, rewards, ended)
+    lengths, _ = running_sums(none_before, np.ones_like(rewards), ended)
+    return {"return": returns[ended], "length": lengths[ended]}
+
+
+def describe(args: Args) -> str:
+    return f"{args.env_id}, {args.curriculum}"
+
+
+def log_row(
+    run: "Run",
+    losses: dict[str, float],
+    finished: dict[str, np.ndarray],
+    sampler: LevelSampler,
+    returns: np.ndarray,
+    values: np.ndarray,
+) -> dict[str, float]:
+    """A row of progress.csv, whose columns lack the group ("charts/"); nan: nothing to measure.
+
+    `Run.log_iteration` adds charts/SPS, and charts/gradient_updates and charts/untrained_steps:
+    optimizer steps, and environment steps that nothing was learned from, so far.
+    """
+    return {
+        # of the episodes that ended in this iteration: mean return, mean length, the share with a
+        # return above 0 (a short episode makes room for another: easy levels count more), how many
+        "charts/episodic_return": mean_or_nan(finished["return"]),
+        "charts/episodic_length": mean_or_nan(finished["length"]),
+        "charts/solved_rate": mean_or_nan(finished["return"] > 0),
+        "charts/episodes": len(finished["return"]),
+        "charts/learning_rate": float(run.parts["optimizer"].param_groups[0]["lr"]),
+        # value_loss, policy_loss, entropy, grad_norm (before clipping), old_approx_kl, approx_kl,
+        # clipfrac (share of samples beyond the clip range): means over the minibatches
+        **{f"losses/{name}": x for name, x in losses.items()},
+        # of the returns by the values; 1 is perfect
+        "losses/explained_variance": explained_variance(values, returns),
+        # see LevelSampler.metrics; seen_share is the buffer's fill
+        **{f"curriculum/{name}": x for name, x in sampler.metrics().items()},
+    }
+
+
+def level_metrics(
+    args: Args, sampler: LevelSampler, levels: np.ndarray, replay: bool
+) -> dict[str, float]:
+    """More of a row of progress.csv. levels (n,): of the episodes that began in the rollout."""
+    scores = sampler.scores[sampler.seen]
+    if not len(scores):
+        scores = np.zeros(1)
+    metrics = {
+        "curriculum/replay": int(replay),  # 1: the rollout replayed levels, 0: it played new ones
+        # quantiles of the scores in the buffer
+        "curriculum/score_q10": float(np.percentile(scores, 10)),
+        "curriculum/score_q50": float(np.percentile(scores, 50)),
+        "curriculum/score_q90": float(np.percentile(scores, 90)),
+    }
+    if args.env_id != "maze":
+        return metrics
+    # What the mazes of the first 1024 episodes are like: walls, cells from the agent to the goal
+    # where there is a path, share with a path. New ones count once, replayed ones as often as they
+    # were drawn; the columns of the other kind are nan.
+    played, counts = np.unique(levels[:1024], return_counts=True)
+    if not replay:
+        counts = np.ones_like(counts)
+    mazes = random_mazes(played, args.maze_size, args.num_walls, args.vary_num_walls)
+    paths = shortest_paths(mazes).repeat(counts)
+    walls = mazes.walls.sum((1, 2)).repeat(counts)
+    solvable = paths > 0
+    of_mazes = {"walls": walls, "shortest_path": paths[solvable], "solvable": solvable}
+    for name, x in of_mazes.items():
+        metrics[f"curriculum/{name}_new"] = math.nan if replay else mean_or_nan(x)
+        metrics[f"curriculum/{name}_replayed"] = mean_or_nan(x) if replay else math.nan
+    return metrics
+
+
+def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[str, np.ndarray]:
+    """(H, W, 3) uint8 of four levels each: the highest scores, the likeliest to be replayed, and
+    freshly drawn ones."""
+    rng = np.random.default_rng([args.seed, 3, iteration])
+    levels = {"fresh": rng.integers(FIRST_TEST_LEVEL, size=4)}
+    best = min(4, sampler.num_seen)
+    if best:
+        scores = np.where(sampler.seen, sampler.scores, -np.inf)
+        levels["highest_score"] = sampler.levels[np.argsort(-scores)[:best]]
+        levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
+    envs = make_envs(args, 1, torch.device("cpu"))
+    pictures = {}
+    for name, group in levels.items():
+        frames = []
+        for level in group.tolist():
+            envs.reset(seed=[level])
+            frames.append(envs.frame())
+        pictures[f"levels/{name}"] = np.concatenate(frames, axis=1)
+    return pictures
+
+
+# ---- levels and environments ---------------------------------------------------------------------
 
 VIEW = 5  # the agent sees VIEW x VIEW cells, itself in the middle of the last row
-# a cell as MiniGrid shows it: object, colour, state, packed with a zero byte into one int32, which gathers faster
-EMPTY, WALL, GOAL = np.array([[1, 0, 0, 0], [2, 5, 0, 0], [8, 1, 0, 0]], np.uint8).view(np.int32)[:, 0].tolist()
+# A cell as MiniGrid shows it: object, colour, state, packed with a zero byte into one int32, which
+# gathers faster
+CELLS = np.array([[1, 0, 0, 0], [2, 5, 0, 0], [8, 1, 0, 0]], np.uint8)
+EMPTY, WALL, GOAL = CELLS.view(np.int32)[:, 0].tolist()
 AHEAD = ((0, 1), (1, 0), (0, -1), (-1, 0))  # (row, column) of a step east, south, west, north
+
+# The published evaluation mazes, without their border: > agent facing east, # wall, G goal, g one
+# of the possible goals
+MAZES = """
+SixteenRooms  Labyrinth     Labyrinth2    Maze          Maze2
+...#..#..#... ............. >#........... .....#>...#.. ...#.#....#..
+.>.......#... .###########. .#.#########. .###.####.##. .#.#.####...#
+...#..#...... .#.........#. .#.#.......#. .#........... .#........#..
+#.###.##.###. .#.#######.#. .#.#.#####.#. .########.### .########.###
+...#......... .#.#.....#.#. .#.#.#...#.#. ........#.... ...#..#.#.#.G
+......#..#... .#.#.###.#.#. ...#.#.#.#.#. ######.#####. ##.#.##.#.#..
+##.#.##.###.# .#.#.#G#.#.#. ####.#G#.#.#. ....#..#..... >#.#....#.##.
+...#.....#... .#.#.#.#.#.#. ...#.###.#.#. .##...##.#### .#.##.###..#.
+...#..#...... .#...#...#.#. .#.#.....#.#. ..#.#..#...#. .#..#..###.#.
+.####.##.#.## .#########.#. .#.#######.#. #.#.##.###.#. .##.##.#.#.#.
+...#..#..#... .....#.....#. .#.........#. #.#..#...#... .#...#.#.#...
+......#....G. ####.#.#####. .###########. #.##.###.###. .#.#.#.#.#.#.
+...#.....#... >....#....... ............. ...#..G#.#... ...#...#.....
+
+SmallCorridor SixteenRoomsFewerDoors Maze3
+............. ...#.....#...          ...>#.#......
+.#.#.#.#.#.#. .>....#..#...          .####.#.####.
+.#.#.#.#.#.#. ...#..#..#...          .#....#.#....
+.#.#.#.#.#.#. ####.##.###.#          ...####.#.#.#
+.#.#.#.#.#.#. ...#..#......          ##.#....#.#..
+.#g#g#g#g#g#. ......#..#...          ...#.##.#.##.
+>###########. #.#####.#####          .#.#.#..#..#G
+.#g#g#g#g#g#. ...#..#..#...          .#.#.#.###.##
+.#.#.#.#.#.#. ...#.........          .#...#.#.#...
+.#.#.#.#.#.#. ##.##.##.####          .###.#.#.###.
+.#.#.#.#.#.#. ...#..#..#...          .#...#.#...#.
+.#.#.#.#.#.#. ......#....G.          .#.###.#.#.#.
+............. ...#.....#...          .#...#...#...
+
+LargeCorridor
+...................
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#g#g#g#g#g#g#g#g#.
+>#################.
+.#g#g#g#g#g#g#g#g#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+.#.#.#.#.#.#.#.#.#.
+...................
+"""
+
+
+def parse_mazes(text: str) -> dict[str, np.ndarray]:
+    """Name -> (height, width) characters, of mazes drawn side by side under their names."""
+    mazes = {}
+    for block in text.strip().split("\n\n"):
+        names, *rows = [line.split() for line in block.splitlines()]
+        for i, name in enumerate(names):
+            mazes[name] = np.array([list(row[i]) for row in rows])
+    return mazes
+
+
+NAMED_MAZES = parse_mazes(MAZES)
 
 
 class Mazes(NamedTuple):
-    """n levels. Cells are (row, column), the border not counted; directions 0 east, 1 south, 2 west, 3 north."""
+    """n levels. Cells are (row, column), the border not counted; directions 0 east, 1 south, 2
+    west, 3 north."""
 
     walls: np.ndarray  # (n, height, width) bool
     goal: np.ndarray  # (n, 2) int64
@@ -237,8 +771,13 @@ class Mazes(NamedTuple):
     direction: np.ndarray  # (n,) int64
 
 
+def concatenate(mazes: list[Mazes]) -> Mazes:
+    return Mazes(*[np.concatenate(parts) for parts in zip(*mazes)])
+
+
 def random_integers(levels: np.ndarray, count: int) -> np.ndarray:
-    """(n,) int64 -> (n, count) uint64 below 2**32, decided by each level alone: SplitMix64 (Steele et al. 2014)."""
+    """(n,) int64 -> (n, count) uint64 below 2**32, decided by each level alone: SplitMix64 (Steele
+    et al. 2014)."""
     z = np.zeros((len(levels), count), np.uint64)
     for index in (levels[:, None], np.arange(count)):  # of the level; of the draw
         z += (index + 1).astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15)
@@ -249,27 +788,38 @@ def random_integers(levels: np.ndarray, count: int) -> np.ndarray:
 
 
 def random_mazes(levels: np.ndarray, size: int, num_walls: int, vary: bool = False) -> Mazes:
-    """The maze of each level: blocks anywhere, the goal anywhere, the agent anywhere else, no block under those two."""
-    n, side, cells = len(levels), size - 2, (size - 2) ** 2
+    """The maze of each level: blocks anywhere, the goal anywhere, the agent anywhere else, no block
+    under those two."""
+    n = len(levels)
+    side = size - 2
+    cells = side**2
     draws = random_integers(levels, num_walls + 4)
 
     def below(column: Any, bound: int) -> np.ndarray:
         return (draws[:, column] * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
 
-    goal, agent, direction = below(0, cells), below(1, cells - 1), below(2, 4)
+    goal = below(0, cells)
+    agent = below(1, cells - 1)
     agent += agent >= goal
+    direction = below(2, 4)
     blocks = below(slice(4, None), cells)  # (n, num_walls)
     if vary:  # the first 0 to num_walls of them; the others go to a cell that is cut off
         blocks[np.arange(num_walls) >= below(3, num_walls + 1)[:, None]] = cells
-    rows, walls = np.arange(n), np.zeros((n, cells + 1), bool)
+    rows = np.arange(n)
+    walls = np.zeros((n, cells + 1), bool)
     walls[rows[:, None], blocks] = True
-    walls[rows, goal] = walls[rows, agent] = False
-    walls = walls[:, :cells].reshape(n, side, side)
-    return Mazes(walls, np.stack((goal // side, goal % side), 1), np.stack((agent // side, agent % side), 1), direction)
+    walls[rows, goal] = False
+    walls[rows, agent] = False
+    return Mazes(
+        walls[:, :cells].reshape(n, side, side),
+        np.stack((goal // side, goal % side), axis=1),
+        np.stack((agent // side, agent % side), axis=1),
+        direction,
+    )
 
 
 def named_maze(name: str, episode: int) -> Mazes:
-    """One of NAMED_MAZES. Where it has several possible goals, the episodes take turns through them."""
+    """One of NAMED_MAZES. Where it has several possible goals, the episodes take turns."""
     text = NAMED_MAZES[name]
     goals = np.argwhere(np.isin(text, ("G", "g")))
     goal = goals[episode % len(goals)]
@@ -277,33 +827,42 @@ def named_maze(name: str, episode: int) -> Mazes:
 
 
 def perfect_maze(size: int, seed: int) -> Mazes:
-    """A maze with one path between any two cells (depth-first search); agent and goal in random different cells."""
+    """A maze with one path between any two cells (depth-first search); agent and goal in random
+    different cells."""
     rng = np.random.default_rng([size, seed])
-    walls, path = np.ones((size - 2, size - 2), bool), [(0, 0)]
+    walls = np.ones((size - 2, size - 2), bool)
+    path = [(0, 0)]
     while path:
         r, c = path[-1]
         walls[r, c] = False
-        steps = [(r + 2 * dr, c + 2 * dc) for dr, dc in AHEAD]
-        closed = [(r, c) for r, c in steps if 0 <= min(r, c) and max(r, c) < size - 2 and walls[r, c]]
+        closed = []  # the cells two steps away that are not open yet
+        for dr, dc in AHEAD:
+            row, column = r + 2 * dr, c + 2 * dc
+            if 0 <= min(row, column) and max(row, column) < size - 2 and walls[row, column]:
+                closed.append((row, column))
         if closed:
             path.append(closed[rng.integers(len(closed))])
             walls[(r + path[-1][0]) // 2, (c + path[-1][1]) // 2] = False
         else:
             path.pop()
-    goal, agent = rng.permutation(2 * np.argwhere(~walls[::2, ::2]))[:2]
+    cells = 2 * np.argwhere(~walls[::2, ::2])
+    goal, agent = rng.permutation(cells)[:2]
     return Mazes(walls[None], goal[None], agent[None], rng.integers(4, size=1))
 
 
 def shortest_paths(mazes: Mazes) -> np.ndarray:
-    """(n,) int64 cells to go from the agent to the goal, by flood fill of all mazes at once; -1 if there is no path."""
+    """(n,) int64 cells to go from the agent to the goal, by flood fill of all mazes at once; -1 if
+    there is no path."""
     rows = np.arange(len(mazes.walls))
     free = np.pad(~mazes.walls, ((0, 0), (1, 1), (1, 1)))
     reached = np.zeros_like(free)
     reached[rows, mazes.agent[:, 0] + 1, mazes.agent[:, 1] + 1] = True
     steps = np.full(len(rows), -1)
     for distance in itertools.count():
-        steps[(steps < 0) & reached[rows, mazes.goal[:, 0] + 1, mazes.goal[:, 1] + 1]] = distance
-        around = [np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)]  # the borders are not free
+        at_goal = reached[rows, mazes.goal[:, 0] + 1, mazes.goal[:, 1] + 1]
+        steps[(steps < 0) & at_goal] = distance
+        # rolling wraps around, but the borders are not free
+        around = [np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)]
         grown = free & np.logical_or.reduce([reached, *around])
         if (grown == reached).all():
             return steps
@@ -318,93 +877,164 @@ def maze_view(cells: Tensor, position: Tensor, direction: Tensor, view: Tensor) 
 
 
 def maze_step(
-    actions: Tensor, cells: Tensor, position: Tensor, direction: Tensor, steps: Tensor,
-    max_steps: int, turned: Tensor, moved: Tensor, view: Tensor,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """A step of N mazes, see MazeEnvs: as a function of tensors, which torch.compile can take whole."""
+    actions: Tensor,
+    cells: Tensor,
+    position: Tensor,
+    direction: Tensor,
+    steps: Tensor,
+    max_steps: int,
+    turned: Tensor,
+    moved: Tensor,
+    view: Tensor,
+) -> tuple[Tensor, ...]:
+    """A step of N mazes, see MazeEnvs: as a function of tensors, which torch.compile takes whole."""
     what = torch.add(actions, direction, alpha=7)
     direction = turned.take(what)
     wanted = position + moved.take(what)
-    found = cells.take(wanted)  # an agent that stays finds its own cell: empty, until it reached the goal
+    found = cells.take(wanted)  # an agent that stays finds its own cell: empty, or the goal it's at
     position = torch.where(found == WALL, position, wanted)
     terminated = found == GOAL
     steps = steps + 1
-    reward = ((1 - 0.9 * (steps / max_steps)) * terminated).float()  # float64 until here, as in Python
+    reward = 1 - 0.9 * (steps / max_steps)  # float64 until it is returned, as in Python
+    reward = (reward * terminated).float()
     image = maze_view(cells, position, direction, view)
     return image, position, direction, steps, reward, terminated, steps >= max_steps
 
 
 class MazeEnvs(gym.vector.VectorEnv):
-    """N mazes stepped at once on any device: a Gymnasium VectorEnv of tensors, without autoreset. Equal to MiniGridEnvs
-    with agent_view_size=5 and see_through_walls=True. `reset` starts seed[i], or options["mazes"][i], in environment i
-    where options["reset_mask"][i]. actions (N,) int64, rewards (N,) float32."""
+    """N mazes stepped at once on any device: a Gymnasium VectorEnv of tensors, without autoreset.
+
+    Equal to MiniGridEnvs with agent_view_size=5 and see_through_walls=True. `reset` starts seed[i],
+    or options["mazes"][i], in environment i where options["reset_mask"][i]. actions (N,) int64,
+    rewards (N,) float32.
+    """
 
     def __init__(
-        self, num_envs: int, device: torch.device, size: int = 15, max_steps: int = 250,
-        num_walls: int = 25, vary_num_walls: bool = False, compile: bool = False,
-    ):  # fmt: skip
-        self.num_envs, self.device, self.max_steps = num_envs, device, max_steps
-        image = gym.spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8)
-        self.single_observation_space = gym.spaces.Dict({"direction": gym.spaces.Discrete(4), "image": image})
+        self,
+        num_envs: int,
+        device: torch.device,
+        size: int = 15,
+        max_steps: int = 250,
+        num_walls: int = 25,
+        vary_num_walls: bool = False,
+        compile: bool = False,
+    ):
+        self.num_envs = num_envs
+        self.device = device
+        self.max_steps = max_steps
+        self.single_observation_space = gym.spaces.Dict(
+            {
+                "direction": gym.spaces.Discrete(4),
+                "image": gym.spaces.Box(0, 255, (VIEW, VIEW, 3), np.uint8),
+            }
+        )
         self.single_action_space = gym.spaces.Discrete(7)
-        self.observation_space = gym.vector.utils.batch_space(self.single_observation_space, num_envs)
-        self.action_space = gym.vector.utils.batch_space(self.single_action_space, num_envs)
+        batch = gym.vector.utils.batch_space
+        self.observation_space = batch(self.single_observation_space, num_envs)
+        self.action_space = batch(self.single_action_space, num_envs)
         self.metadata = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-        # all maps one after another, each with VIEW - 1 cells of wall around it so that no view leaves it
-        self.width = width = size - 2 + 2 * (VIEW - 1)
-        self.cells = torch.full((num_envs, width * width), WALL, dtype=torch.int32, device=device)
-        self.position, self.direction = torch.zeros((2, num_envs), dtype=torch.int64, device=device)  # in all cells
+        # all maps one after another, each in VIEW - 1 cells of wall, so that no view leaves it
+        self.width = size - 2 + 2 * (VIEW - 1)
+        shape = (num_envs, self.width**2)
+        self.cells = torch.full(shape, WALL, dtype=torch.int32, device=device)
+        self.position = torch.zeros(num_envs, dtype=torch.int64, device=device)  # in all cells
+        self.direction = torch.zeros(num_envs, dtype=torch.int64, device=device)
         self.steps = torch.zeros(num_envs, dtype=torch.float64, device=device)
-        # by direction and action (left, right, forward, four that do nothing): turned, moved (28,); view (4, 25)
-        ahead = [row * width + column for row, column in AHEAD]
+        self.first_cells = torch.arange(num_envs, device=device) * self.width**2
+        # by direction and action (left, right, forward, four that do nothing)
         turned = [(d + turn) % 4 for d in range(4) for turn in (-1, 1, 0, 0, 0, 0, 0)]
+        ahead = [row * self.width + column for row, column in AHEAD]
         moved = [ahead[d] * (action == 2) for d in range(4) for action in range(7)]
-        view = [[ahead[d] * (VIEW - 1 - row) + ahead[(d + 1) % 4] * (column - VIEW // 2)
-                 for column in range(VIEW) for row in range(VIEW)] for d in range(4)]  # fmt: skip
-        self.tables = [torch.tensor(x, device=device) for x in (turned, moved, view)]
-        self.maze_step = torch.compile(maze_step, options={"size_asserts": False}) if compile else maze_step
-        self.generate = lambda levels: random_mazes(levels, size, num_walls, vary_num_walls)
-        self.known: dict[int, tuple[Tensor, ...]] = {}  # level starts already made, at most 8192 and this reset's
+        self.turned = torch.tensor(turned, device=device)  # (28,)
+        self.moved = torch.tensor(moved, device=device)  # (28,)
+        self.view = torch.tensor([self.view_cells(ahead, d) for d in range(4)], device=device)
+        self.maze_step = maze_step
+        if compile:
+            self.maze_step = torch.compile(maze_step, options={"size_asserts": False})
+        self.generate = functools.partial(
+            random_mazes, size=size, num_walls=num_walls, vary=vary_num_walls
+        )
+        self.level_cache: dict[int, tuple[Tensor, ...]] = {}  # starts, 8192 and this reset's
 
-    def encode(self, mazes: Mazes) -> list[Tensor]:
-        """Cells (n, width * width) int32, position in the map (n,) and direction (n,) int64 of n level starts."""
-        border, rows = VIEW - 1, np.arange(len(mazes.walls))
+    @staticmethod
+    def view_cells(ahead: list[int], d: int) -> list[int]:
+        """Where the VIEW * VIEW cells are that an agent of direction d sees, from its own."""
+        right = ahead[(d + 1) % 4]
+        cells = []
+        for column in range(VIEW):
+            for row in range(VIEW):
+                cells.append(ahead[d] * (VIEW - 1 - row) + right * (column - VIEW // 2))
+        return cells
+
+    def encode(self, mazes: Mazes) -> tuple[Tensor, Tensor, Tensor]:
+        """n level starts: cells (n, width * width) int32, position in the map and direction (n,)
+        int64."""
+        border = VIEW - 1
+        rows = np.arange(len(mazes.walls))
         cells = np.full((len(rows), self.width, self.width), WALL, np.int32)
         cells[:, border:-border, border:-border][~mazes.walls] = EMPTY
         cells[rows, border + mazes.goal[:, 0], border + mazes.goal[:, 1]] = GOAL
         agent = (border + mazes.agent[:, 0]) * self.width + border + mazes.agent[:, 1]
-        return [torch.from_numpy(x) for x in (cells.reshape(-1, self.width**2), agent, mazes.direction)]
+        cells = cells.reshape(len(rows), self.width**2)
+        return torch.from_numpy(cells), torch.from_numpy(agent), torch.from_numpy(mazes.direction)
+
+    def level_starts(self, levels: list[int]) -> tuple[Tensor, ...]:
+        """What `encode` gives, from the cache."""
+        new = [level for level in dict.fromkeys(levels) if level not in self.level_cache]
+        if len(self.level_cache) + len(new) > 8192:
+            self.level_cache = {}
+            new = list(dict.fromkeys(levels))
+        if new:
+            starts = zip(*self.encode(self.generate(np.array(new))))
+            for level, start in zip(new, starts):
+                self.level_cache[level] = start
+        starts = [self.level_cache[level] for level in levels]
+        return tuple(torch.stack(part) for part in zip(*starts))
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         options = options or {}
-        rows = np.flatnonzero(options.get("reset_mask", np.ones(self.num_envs, bool)))
+        mask = options.get("reset_mask", np.ones(self.num_envs, bool))
+        rows = np.flatnonzero(mask)
         if "mazes" in options:
-            start = self.encode(Mazes(*(part[rows] for part in options["mazes"])))
+            start = self.encode(Mazes(*[part[rows] for part in options["mazes"]]))
         else:
-            seed = self.np_random.integers(FIRST_TEST_LEVEL) if seed is None else seed
-            levels = (np.arange(seed, seed + self.num_envs) if np.ndim(seed) == 0 else np.asarray(seed))[rows].tolist()
-            new = [level for level in dict.fromkeys(levels) if level not in self.known]
-            if len(self.known) + len(new) > 8192:
-                self.known, new = {}, list(dict.fromkeys(levels))
-            if new:
-                self.known |= zip(new, zip(*self.encode(self.generate(np.array(new)))))
-            start = [torch.stack(x) for x in zip(*map(self.known.get, levels))]
-            start = start or self.encode(self.generate(rows))  # of no environment at all
-        start, rows = [x.to(self.device) for x in start], torch.from_numpy(rows).to(self.device)
-        self.cells[rows], self.position[rows], self.steps[rows] = start[0], start[1] + rows * self.width**2, 0
-        self.direction = self.direction.index_copy(0, rows, start[2])  # not in place: `step` has given it away
-        image = maze_view(self.cells, self.position, self.direction, self.tables[2])
-        return {"image": image, "direction": self.direction}, {}
+            if seed is None:
+                seed = self.np_random.integers(FIRST_TEST_LEVEL)
+            levels = np.asarray(seed)
+            if levels.ndim == 0:
+                levels = levels + np.arange(self.num_envs)
+            start = self.level_starts(levels[rows].tolist())
+        if len(rows):
+            cells, position, direction = (x.to(self.device) for x in start)
+            rows = torch.from_numpy(rows).to(self.device)
+            self.cells[rows] = cells
+            self.position[rows] = position + self.first_cells[rows]
+            self.direction[rows] = direction
+            self.steps[rows] = 0
+        image = maze_view(self.cells, self.position, self.direction, self.view)
+        return {"image": image, "direction": self.direction.clone()}, {}
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
-        state = (self.cells, self.position, self.direction, self.steps, self.max_steps, *self.tables)
-        state = self.maze_step(torch.as_tensor(actions, device=self.device), *state)
-        image, self.position, self.direction, self.steps, *results = state
-        return {"image": image, "direction": self.direction}, *results, {}
+        image, position, direction, steps, *results = self.maze_step(
+            torch.as_tensor(actions, device=self.device),
+            self.cells,
+            self.position,
+            self.direction,
+            self.steps,
+            self.max_steps,
+            self.turned,
+            self.moved,
+            self.view,
+        )
+        self.position.copy_(position)
+        self.direction.copy_(direction)
+        self.steps.copy_(steps)
+        return {"image": image, "direction": direction}, *results, {}
 
     def frame(self) -> np.ndarray:
         """(H, W, 3) uint8: the first environment as the package draws it."""
-        edge, (row, column) = VIEW - 2, divmod(int(self.position[0]), self.width)  # walls beyond the border
+        edge = VIEW - 2  # walls beyond the border
+        row, column = divmod(int(self.position[0]), self.width)
         cells = self.cells[0].view(self.width, -1)[edge:-edge, edge:-edge].cpu().numpy()
         grid = Grid(*cells.shape)
         for r, c in np.argwhere(cells != EMPTY).tolist():
@@ -413,7 +1043,8 @@ class MazeEnvs(gym.vector.VectorEnv):
 
 
 class TensorEnvs(gym.vector.VectorWrapper):
-    """A package's environments as the training loop sees them: tensors, and no mission, as the agent does not read."""
+    """A package's environments as the training loop sees them: tensors, and no mission, as the
+    agent does not read."""
 
     def __init__(self, envs: gym.vector.VectorEnv, device: torch.device):
         super().__init__(envs)
@@ -428,7 +1059,8 @@ class TensorEnvs(gym.vector.VectorWrapper):
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
         obs, *results, infos = self.env.step(actions.cpu().numpy())
-        reward, terminated, truncated = (torch.from_numpy(x).to(self.device) for x in results)
+        results = [torch.from_numpy(x).to(self.device) for x in results]
+        reward, terminated, truncated = results
         return self.observe(obs), reward.float(), terminated, truncated, infos
 
     def frame(self) -> np.ndarray:
@@ -436,309 +1068,668 @@ class TensorEnvs(gym.vector.VectorWrapper):
 
 
 def make_minigrid(env_id: str, num_envs: int, device: torch.device, **options: Any) -> TensorEnvs:
-    off = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    return TensorEnvs(gym.make_vec(env_id, num_envs, "sync", vector_kwargs=off, **options), device)
+    without_autoreset = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
+    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=without_autoreset, **options)
+    return TensorEnvs(envs, device)
 
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
-    """To train on something else, return another VectorEnv with autoreset off whose reset seed is the level."""
+    """To train on something else, return another VectorEnv without autoreset, whose reset seed is
+    the level."""
     if args.env_id != "maze":
         return make_minigrid(args.env_id, num_envs, device)
-    return MazeEnvs(num_envs, device, args.maze_size, args.max_steps, args.num_walls, args.vary_num_walls, args.compile)
+    return MazeEnvs(
+        num_envs,
+        device,
+        args.maze_size,
+        args.max_steps,
+        args.num_walls,
+        args.vary_num_walls,
+        args.compile,
+    )
 
 
-# ---- network --------------------------------------------------------------------------------------------------------
+# ---- evaluation ----------------------------------------------------------------------------------
+
+SHOWN = {"solved": "solved_mean"}  # of an evaluation, on the screen
 
 
-def head(size: int, std: float) -> nn.Sequential:
-    layers = nn.Sequential(nn.Linear(256, 32), nn.Tanh(), nn.Linear(32, size))
-    for layer, gain in ((layers[0], math.sqrt(2)), (layers[2], std)):
-        nn.init.orthogonal_(layer.weight, gain)
-        nn.init.constant_(layer.bias, 0.0)
-    return layers
-
-
-def episode_rows(starts: np.ndarray) -> tuple[int, np.ndarray]:
-    """Lays the episodes of a rollout one after another into N rows of about the same length, for one call of the LSTM.
-    A step is left free between two, in which it forgets (see Agent). starts: (T, N) bool, obs[t] begins an episode.
-    Returns the length L of the rows and the place l * N + row of each step in them, (T * N,) int64."""
-    T, N = starts.shape
-    first = np.flatnonzero(starts.T | (np.arange(T) == 0))  # steps of each episode, one environment after another
-    length = np.diff(np.append(first, T * N))
-    longest_first = np.argsort(-length, kind="stable")
-    rows, put = [(0, row) for row in range(N)], []  # a heap of (steps taken, row)
-    for steps in length[longest_first].tolist():  # each to the row that is the shortest so far
-        put.append(heapq.heapreplace(rows, (rows[0][0] + steps + 1, rows[0][1])))
-    t, row = np.array(put)[longest_first.argsort()].repeat(length, axis=0).T  # of its episode's start, for each step
-    place = (t + np.arange(T * N) - first.repeat(length)) * N + row
-    return max(rows)[0] - 1, place.reshape(N, T).T.ravel()
-
-
-class Agent(nn.Module):
-    def __init__(self, envs: gym.vector.VectorEnv, precision: str = "fp32"):
-        super().__init__()
-        h, w, c = self.view = envs.single_observation_space["image"].shape
-        self.bf16 = precision == "bf16"
-        self.conv = nn.Conv2d(c, 16, kernel_size=3)
-        self.direction = nn.Embedding(4, 5)
-        nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
-        inputs = 16 * (h - 2) * (w - 2) + 5 + 1  # of convolution and direction; the last input: 1 between two episodes
-        self.lstm = nn.LSTM(math.ceil(inputs / 32) * 32, 256)  # zeros in between: bf16 is faster in whole tiles
-        for name, parameter in self.lstm.named_parameters():
-            nn.init.orthogonal_(parameter, 1.0) if "weight" in name else nn.init.constant_(parameter, 0.0)
-        # that shuts the gates i and f: c = 0, h = 0, and no gradient passes, not even to these weights, so they stay
-        self.lstm.weight_ih_l0.data[: 2 * 256, -1] = -1e4
-        self.actor = head(int(envs.single_action_space.n), std=0.01)
-        self.critic = head(1, std=1.0)
-
-    def conv_matrix(self) -> list[Tensor]:
-        """The convolution of pixels / 10 as a matrix, faster for so few: weight (75, 144), bias (144,)."""
-        h, w, c = self.view
-        pixels = torch.eye(h * w * c, device=self.conv.weight.device).view(-1, h, w, c).permute(0, 3, 1, 2)  # "bcwh"
-        weight = nn.functional.conv2d(pixels, self.conv.weight / 10.0).flatten(1)
-        return [weight, self.conv.bias.repeat_interleave((h - 2) * (w - 2))]
-
-    def step_weights(self) -> list[Tensor]:
-        """For `act`, once per rollout: weight and bias of the convolution, the LSTM (i, f, o, g), the heads' layers."""
-        with torch.no_grad():
-            weights = self.conv_matrix()
-            lstm = torch.cat((self.lstm.weight_ih_l0[:, : weights[0].shape[1] + 5], self.lstm.weight_hh_l0), dim=1)
-            for x in (lstm, self.lstm.bias_ih_l0 + self.lstm.bias_hh_l0):
-                i, f, g, o = x.chunk(4)
-                weights.append(torch.cat((i, f, o, g)).t().contiguous())
-            weights = [x.bfloat16() for x in weights] if self.bf16 else weights  # what `act` does in autocast
-            first, second = zip(self.actor[::2], self.critic[::2])
-            for layers, join in ((first, torch.cat), (second, lambda x: torch.block_diag(*x))):
-                weights += [join([x.weight for x in layers]).t().contiguous(), torch.cat([x.bias for x in layers])]
-            return weights
-
-    @torch.no_grad()
-    def act(self, obs: Obs, state: tuple[Tensor, ...], weights: list[Tensor], clocks: Tensor) -> tuple[Any, ...]:
-        """A step of N environments: action, value (N,), logits (N, actions) not normalised, state h and c (N, 256)."""
-        conv, conv_bias, lstm, lstm_bias, first, first_bias, second, second_bias = weights
-        with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
-            x = torch.relu(torch.addmm(conv_bias, obs["image"].flatten(1).float(), conv))
-            x = torch.cat((x, self.direction(obs["direction"]), state[0]), dim=1)
-            gates = torch.addmm(lstm_bias, x, lstm).float()
-        i, f, o = torch.sigmoid(gates[:, : 3 * 256]).chunk(3, dim=1)
-        c = f * state[1] + i * torch.tanh(gates[:, 3 * 256 :])
-        h = o * torch.tanh(c)
-        out = torch.addmm(second_bias, torch.tanh(torch.addmm(first_bias, h, first)), second)
-        logits = out[:, :-1]
-        # of clocks that ring after times of Exp(1) / p, the first is each with probability p
-        return (logits.exp() / clocks).argmax(-1), out[:, -1], logits, (h, c)
-
-    def unroll(self, image: Tensor, direction: Tensor, starts: np.ndarray) -> tuple[Tensor, Tensor]:
-        """A whole rollout, to learn: (T, N, 5, 5, 3), (T, N), (T, N) -> the LSTM's outputs in `episode_rows` (P, 256);
-        where in them each step is (T * N,). bf16 on CPUs only: a GPU's autocast runs LSTMs in float16, too coarse."""
-        length, where = episode_rows(starts)
-        where, (conv, conv_bias) = torch.from_numpy(where).to(image.device), self.conv_matrix()
-        with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and not image.is_cuda):
-            x = torch.relu(torch.addmm(conv_bias, image.flatten(0, 1).flatten(1).float(), conv))
-            x = torch.cat((x, self.direction(direction.flatten()).to(x.dtype)), dim=1)
-            x = nn.functional.pad(x, (0, self.lstm.input_size - x.shape[1]))
-            free = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[-1]  # the input between two episodes
-            rows = free.repeat(length * starts.shape[1], 1).index_copy_(0, where, x).view(length, -1, len(free))
-            return self.lstm(rows)[0].flatten(0, 1).float(), where
-
-    def evaluate_actions(self, hidden: Tensor, where: Tensor, action: Tensor) -> tuple[Tensor, ...]:
-        """hidden (P, 256) and where (B,) from `unroll`, action (B,) -> log-probability, entropy and value (B,)."""
-        logits = self.actor(hidden).index_select(0, where).log_softmax(-1)
-        logprob = logits.gather(-1, action[:, None]).squeeze(-1)
-        return logprob, -(logits.exp() * logits).sum(-1), self.critic(hidden).squeeze(-1).index_select(0, where)
-
-
-# ---- curriculum metrics and evaluation ------------------------------------------------------------------------------
-
-
-def level_metrics(args: Args, sampler: LevelSampler, levels: np.ndarray, replay: bool) -> dict[str, float]:
-    """Quantiles of the buffer's scores; for mazes, what the levels (n,) of at most 1024 episodes are like, by kind."""
-    scores = sampler.scores[sampler.seen]
-    metrics = {f"score_q{q}": float(np.percentile(scores, q)) if len(scores) else 0.0 for q in (10, 50, 90)}
-    if args.env_id == "maze":
-        played, each = np.unique(levels[:1024], return_inverse=True)
-        each = each if replay else slice(None)  # a replayed level counts as often as it was drawn
-        mazes = random_mazes(played, args.maze_size, args.num_walls, args.vary_num_walls)
-        paths, walls = shortest_paths(mazes)[each], mazes.walls.sum((1, 2))[each]
-        solvable = paths > 0
-        for name, x in (("walls", walls), ("shortest_path", paths[solvable]), ("solvable", solvable)):
-            mean = float(x.mean()) if x.size else math.nan
-            metrics |= {f"{name}_new": math.nan if replay else mean, f"{name}_replayed": mean if replay else math.nan}
-    return metrics
-
-
-def play(agent: Agent, envs: gym.vector.VectorEnv, reset: dict[str, Any], film: list | None = None) -> np.ndarray:
-    """Plays one episode in each environment to its end with the stochastic policy: returns (N,) float64. reset: what
-    starts the episodes (again, uncounted, where done). film: a list for the first one's frames."""
+def play(
+    agent: Agent,
+    envs: gym.vector.VectorEnv,
+    reset: dict[str, Any],
+    film: list[Image.Image] | None = None,
+) -> np.ndarray:
+    """Plays one episode in each environment to its end with the stochastic policy: returns (N,)
+    float64. reset: what starts the episodes (again, uncounted, where done). film: a list for the
+    first one's frames."""
     obs, _ = envs.reset(**reset)
-    state = tuple(torch.zeros((envs.num_envs, 256), device=obs["direction"].device) for _ in range(2))
-    clocks = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=obs["direction"].device)
-    playing, returns, weights = np.ones(envs.num_envs, bool), np.zeros(envs.num_envs), agent.step_weights()
+    device = obs["direction"].device
+    state = torch.zeros((2, envs.num_envs, 256), device=device)
+    noise = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=device)
+    weights = agent.step_weights()
+    playing = np.ones(envs.num_envs, bool)
+    returns = np.zeros(envs.num_envs)
     while playing.any():
-        action, _, _, state = agent.act(obs, state, weights, clocks.exponential_())
+        action, _, _, state = agent.act(obs, state, weights, noise.exponential_())
         obs, reward, terminations, truncations, _ = envs.step(action)
         if film is not None and playing[0]:
             film.append(Image.fromarray(envs.frame()))
         returns += reward.cpu().numpy() * playing
-        playing &= ~(done := (terminations | truncations).cpu().numpy())
+        done = (terminations | truncations).cpu().numpy()
+        playing &= ~done
         if done.any():
-            obs, _ = envs.reset(**reset | {"options": reset.get("options", {}) | {"reset_mask": done}})
+            options = reset.get("options", {}) | {"reset_mask": done}
+            obs, _ = envs.reset(**reset | {"options": options})
     return returns
 
 
-def evaluation_environments(args: Args, device: torch.device) -> Iterator[tuple[str, gym.vector.VectorEnv, dict]]:
-    """Name, eval_episodes environments, and their reset to levels that are the same for every run: named and perfect
-    mazes, time limit 2 * size ** 2, and two of the package's; for another --env-id its levels never trained on."""
+def evaluation_environments(
+    args: Args, device: torch.device
+) -> Iterator[tuple[str, gym.vector.VectorEnv, dict]]:
+    """Name, eval_episodes environments, and their reset, to levels that are the same for every run:
+    named and perfect mazes, time limit 2 * size ** 2, and two of the package's; for another
+    --env-id its levels never trained on."""
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
         yield args.env_id, make_minigrid(args.env_id, n, device), levels
         return
     for name in (*NAMED_MAZES, "PerfectMaze21"):
-        mazes = [named_maze(name, k) if name in NAMED_MAZES else perfect_maze(21, k) for k in range(n)]
-        mazes = Mazes(*map(np.concatenate, zip(*mazes)))
+        if name == "PerfectMaze21":
+            mazes = concatenate([perfect_maze(21, k) for k in range(n)])
+        else:
+            mazes = concatenate([named_maze(name, k) for k in range(n)])
         size = mazes.walls.shape[1] + 2
         yield name, MazeEnvs(n, device, size, 2 * size**2), {"options": {"mazes": mazes}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
-        yield name, make_minigrid(f"MiniGrid-{name}-v0", n, device, agent_view_size=VIEW), levels
+        envs = make_minigrid(f"MiniGrid-{name}-v0", n, device, agent_view_size=VIEW)
+        yield name, envs, levels
 
 
-def evaluate(agent: Agent, args: Args, device: torch.device, video: Path | None = None) -> dict[str, Any]:
-    """Plays eval_episodes episodes in each evaluation environment, with a random stream of its own. Solved: a return
-    above 0. IQM: the mean of the environments' middle half. video: folder for GIFs of first episodes."""
+def evaluate(
+    agent: Agent, args: Args, device: torch.device, video: Path | None = None
+) -> dict[str, Any]:
+    """Plays eval_episodes episodes in each evaluation environment, with a random stream of its own.
+    video: folder for GIFs of first episodes.
+
+    Returns the share of episodes solved (a return above 0) and the mean return in each, their
+    means over the environments, the interquartile mean (IQM) of the shares, and every episode's
+    return.
+    """
     returns: dict[str, np.ndarray] = {}
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
+    with own_random_stream(args, device):
         for name, envs, reset in evaluation_environments(args, device):
-            returns[name] = play(agent, envs, reset, film := [] if video else None)
+            film = [] if video else None
+            returns[name] = play(agent, envs, reset, film)
             envs.close()
-            if video:
-                video.mkdir(parents=True, exist_ok=True)
-                film = film[::-2][::-1]  # every second frame, the last one included
-                film[0].save(video / f"{name}.gif", save_all=True, append_images=film[1:], duration=100, loop=0)
+            if video:  # every second frame, the last one included
+                write_gif(video / f"{name}.gif", film[::-2][::-1], milliseconds=100)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
-    rates, quarter = np.sort(list(solved.values())), len(solved) // 4
-    result = {"solved_mean": float(rates.mean()), "solved_iqm": float(rates[quarter : len(rates) - quarter].mean())}
-    result |= {"return_mean": float(np.mean(list(returns.values())))} | {f"solved_{k}": x for k, x in solved.items()}
-    result |= {f"return_{name}": float(x.mean()) for name, x in returns.items()}
-    return result | {"episodes": {name: x.tolist() for name, x in returns.items()}}
+    rates = np.sort(list(solved.values()))
+    quarter = len(rates) // 4
+    return {
+        "solved_mean": float(rates.mean()),
+        "solved_iqm": float(rates[quarter : len(rates) - quarter].mean()),
+        "return_mean": float(np.mean(list(returns.values()))),
+        **{f"solved_{name}": x for name, x in solved.items()},
+        **{f"return_{name}": float(x.mean()) for name, x in returns.items()},
+        "episodes": {name: x.tolist() for name, x in returns.items()},
+    }
 
 
-def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[str, np.ndarray]:
-    """(H, W, 3) uint8 of four levels each: the highest scores, the likeliest to be replayed, and freshly drawn ones."""
-    levels = {"fresh": np.random.default_rng([args.seed, 3, iteration]).integers(FIRST_TEST_LEVEL, size=4)}
-    if best := min(4, sampler.num_seen):
-        levels["highest_score"] = sampler.levels[np.argsort(np.where(sampler.seen, -sampler.scores, np.inf))[:best]]
-        levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
-    envs = make_envs(args, 1, torch.device("cpu"))
-    frames = {name: [envs.frame() for level in x.tolist() if envs.reset(seed=[level])] for name, x in levels.items()}
-    return {name: np.concatenate(pictures, axis=1) for name, pictures in frames.items()}
+# ---- flags that cannot work ----------------------------------------------------------------------
 
 
-# ---- run directory --------------------------------------------------------------------------------------------------
+def check_args(args: Args) -> None:
+    """Refuses what cannot work, with one sentence and exit status 2."""
+    check_common_args(args)
+    require(args, ["buffer_size", "max_steps"], lambda x: x >= 1, "at least 1")
+    require(args, ["num_walls"], lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+    require(args, ["nu", "replay_prob"], lambda x: 0 <= x <= 1, "between 0 and 1")
+    require(args, ["maze_size"], lambda x: 5 <= x <= 255, "between 5 and 255")
+    parts = f"a divisor of --num-envs {args.num_envs}"
+    if WORLD > 1:
+        parts += f" / {WORLD} processes"
+    require(args, ["num_minibatches"], lambda x: args.num_envs // WORLD % x == 0, parts)
+    check_budget(args)
+    time_limit = args.max_steps if args.env_id == "maze" else check_environment(args.env_id)
+    if args.env_id == "maze":
+        most = (args.maze_size - 2) ** 2 - 2
+        cells = f"the cells of --maze-size {args.maze_size} but two"
+        require(args, ["num_walls"], lambda x: x <= most, f"at most {most}, {cells}")
+    if args.curriculum == "dr":
+        return
+    all_envs = f"at least --num-envs {args.num_envs}"
+    require(args, ["buffer_size"], lambda x: x >= args.num_envs, all_envs)
+    if args.score in ("gae", "max_mc"):
+        another = f"another: --score {args.score} can be negative"
+        require(args, ["score_transform"], lambda x: x != "power", another)
+    if args.score == "max_mc" or not args.bootstrap_timeouts:
+        why = "an episode that is cut off is not scored"
+        if args.bootstrap_timeouts:
+            why = "max_mc needs whole episodes"
+        limit = f"at least {time_limit}, the time limit: {why}"
+        require(args, ["num_steps"], lambda x: x >= time_limit, limit)
+
+
+def check_budget(args: Args) -> None:
+    first = args.batch_size * (3 if args.profile else 1)
+    why = "--num-envs x --num-steps, three times with --profile"
+    if args.curriculum == "robust_plr":
+        learns = "above 0: robust_plr learns from replayed levels only"
+        require(args, ["replay_prob"], lambda x: x > 0, learns)
+        fill = math.ceil(args.rho * args.buffer_size)
+        first = max(first, args.batch_size * (1 + math.ceil(fill / args.num_envs)))
+        why = "robust_plr learns nothing before the buffer holds --rho x --buffer-size"
+        why += f" = {fill} levels"
+    require(args, ["total_timesteps"], lambda x: x >= first, f"at least {first}: {why}")
+
+
+def check_environment(env_id: str) -> int:
+    """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns its
+    time limit."""
+    try:
+        env = gym.make(env_id).unwrapped
+        if not isinstance(env, MiniGridEnv):
+            raise TypeError(f"it is a {type(env).__name__}")
+    except Exception as error:  # or not registered: Gymnasium knows what was perhaps meant
+        why = (str(error) or repr(error)).splitlines()[0]
+        refuse(f"--env-id {env_id} must be maze or a registered MiniGrid environment: {why}")
+    starts = {}
+    time_limit = 0
+    for level in (*range(10), *range(10)):
+        direction = env.reset(seed=level)[0]["direction"]
+        start = (env.grid.encode().tobytes(), direction, tuple(env.agent_pos))
+        if starts.setdefault(level, start) != start:
+            must = "that must decide the level"
+            refuse(f"--env-id {env_id} starts differently after two resets with one seed: {must}.")
+        time_limit = max(time_limit, env.max_steps)  # some depend on the level
+    return time_limit
+
+
+# ---- machinery: the same text in both scripts ----------------------------------------------------
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
+WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
+FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+LOSSES = (
+    "value_loss",
+    "policy_loss",
+    "entropy",
+    "old_approx_kl",
+    "approx_kl",
+    "clipfrac",
+    "grad_norm",
+)
+# what may differ when a run is resumed
+FREE_ON_RESUME = (
+    "total_timesteps",
+    "checkpoint_interval",
+    "capture_video",
+    "track",
+    "profile",
+    "env_threads",
+    "resume",
+    "evaluate",
+)
+
+
+class Run:
+    """A run's directory, clock, logs and checkpoint. What it writes or shows decides nothing that
+    is learned.
+
+    `parts` is all that has a state (state_dict, load_state_dict): saved, restored and hashed in
+    one loop. `storage` is what a loss that is not finite came from. `totals` are counts that go
+    on after a resume.
+    """
+
+    def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
+        self.args = args
+        self.dir = directory
+        self.checkpoint = checkpoint
+        self.parts: dict[str, Any] = {}
+        self.storage: dict[str, Any] = {}
+        self.totals: dict[str, int] = {}
+        self.writer = start_writer(args, directory, checkpoint) if RANK == 0 else None
+        self.device = choose_device(args)
+        self.profile = Profile(args.profile, self.device)
+        self.iteration = 0
+        self.train_seconds = 0.0  # of rollouts and updates
+        self.began = time.time()
+        self.evaluation: dict[str, Any] | None = None  # the last one
+        self.last_report = (0, 0.0)  # steps and train_seconds at the last line on the screen
+        self.signals: list[int] = []
+        self.stopping = False
+
+    @property
+    def global_step(self) -> int:
+        return self.iteration * self.args.batch_size
+
+    @property
+    def last(self) -> bool:
+        return self.iteration == self.args.num_iterations
+
+    def due(self, interval: int) -> bool:
+        return self.last or (interval > 0 and self.iteration % interval == 0)
+
+    # the loop
+
+    def iterations(self, envs: gym.vector.VectorEnv) -> Iterator[int]:
+        """1, 2, ..., or from the checkpoint on, until the last one or a signal."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._on_signal)
+        if self.checkpoint is None:
+            self.save(envs)
+        say(f"{describe(self.args)}, seed {self.args.seed}: {self.dir}")
+        say(f"training on {device_name(self.device)}")
+        self.last_report = (self.global_step, self.train_seconds)
+        while self.iteration < self.args.num_iterations and not self.stopping:
+            self.iteration += 1
+            self.began_iteration = time.time()
+            self.profile.begin(self.iteration, self.last)
+            yield self.iteration
+
+    def _on_signal(self, number: int, frame: Any) -> None:
+        """The first ends the run after its iteration, a second one at once."""
+        self.signals.append(number)
+        signal.signal(number, signal.SIG_DFL)
+
+    def mean_losses(self, losses: Tensor, updates: int) -> dict[str, float]:
+        """By name: losses (7,), summed over the updates, once the device has them; nan if none."""
+        means = gather(losses[:, None]).sum(-1) / max(updates, 1)
+        self.require_finite("a loss or gradient", means)  # waits for the device
+        self.profile.phase("rest")
+        return {name: x if updates else math.nan for name, x in zip(LOSSES, means.tolist())}
+
+    def end_iteration(self, envs: gym.vector.VectorEnv) -> None:
+        """The checkpoint and a line on the screen, when they are due."""
+        signalled = gather(torch.tensor([len(self.signals)])).any()
+        self.stopping = bool(signalled) and not self.last
+        if self.stopping or self.due(self.args.checkpoint_interval):
+            self.save(envs)
+        steps = self.global_step - self.last_report[0]
+        seconds = self.train_seconds - self.last_report[1]
+        if self.last or self.iteration == 1 or seconds > 10:
+            self.last_report = (self.global_step, self.train_seconds)
+            self._show_progress(steps / seconds)
+
+    def _show_progress(self, steps_per_second: float) -> None:
+        share = self.iteration / self.args.num_iterations
+        minutes_left = int((time.time() - self.began) * (1 / share - 1) / 60)
+        line = [
+            f"step {self.global_step:,} ({share:.1%})",
+            f"{minutes_left // 60}h{minutes_left % 60:02d}m left",
+            f"{steps_per_second:,.0f} steps/s",
+        ]
+        if "gradient_updates" in self.totals:
+            line.append(f"{self.totals['gradient_updates']:,} updates")
+        line.append(f"train return {self.episodic_return:.2f}")
+        if self.evaluation:
+            shown = [f"{name} {self.evaluation[key]:.2f}" for name, key in SHOWN.items()]
+            line.append(f"evaluation: {', '.join(shown)}")
+        say(" | ".join(line))
+
+    def finish(self, envs: gym.vector.VectorEnv, evaluate: Callable[[], dict[str, Any]]) -> None:
+        """result.json at the end of the run, or the command that goes on after a signal."""
+        envs.close()
+        if WORLD > 1:
+            dist.destroy_process_group()
+        if RANK > 0:
+            return
+        self.writer.close()
+        if self.stopping:
+            say(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {self.dir}")
+            raise SystemExit(130 if signal.SIGINT in self.signals else 0)
+        result = {
+            "env_id": self.args.env_id,
+            "curriculum": self.args.curriculum,
+            "seed": self.args.seed,
+            "global_step": self.global_step,
+            **self.totals,
+            "steps_per_second": self.global_step / self.train_seconds,
+            "wall_seconds": time.time() - self.began,
+            "device": device_name(self.device),
+            "processes": WORLD,
+            "torch": torch.__version__,
+            "fingerprint": fingerprint(self.state()),
+            "evaluation": self.evaluation or evaluate(),
+        }
+        write_file(self.dir / "result.json", result)
+        say(f"done: {self.dir}/result.json, fingerprint {result['fingerprint'][:16]}")
+
+    # the log
+
+    def log(self, file: str, row: dict[str, float]) -> None:
+        """A row for TensorBoard and, its names without their group, for a CSV file."""
+        if RANK > 0:
+            return
+        for key, value in row.items():
+            if not math.isnan(value):
+                self.writer.add_scalar(key, value, self.global_step)
+        columns = {"global_step": self.global_step, "wall_seconds": time.time() - self.began}
+        columns |= {key.split("/")[1]: value for key, value in row.items()}
+        append_row(self.dir / file, columns)
+
+    def log_iteration(self, row: dict[str, float]) -> None:
+        """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
+        checkpoint."""
+        seconds = time.time() - self.began_iteration
+        self.train_seconds += seconds
+        self.profile.end(self.last, self.dir)
+        self.episodic_return = row["charts/episodic_return"]
+        totals = {f"charts/{name}": x for name, x in self.totals.items()}
+        self.log("progress.csv", row | totals | {"charts/SPS": self.args.batch_size / seconds})
+
+    def evaluation_due(self) -> bool:
+        return RANK == 0 and self.due(self.args.eval_interval)
+
+    def video(self) -> Path | None:
+        """Where this iteration's evaluation shows what it plays, if it is asked to."""
+        return self.dir / "videos" / f"step_{self.global_step}" if self.args.capture_video else None
+
+    def log_evaluation(self, evaluation: dict[str, Any]) -> None:
+        self.evaluation = evaluation
+        scalars = {name: x for name, x in evaluation.items() if name != "episodes"}
+        self.log("evaluations.csv", {f"eval/{k}": x for k, x in (self.totals | scalars).items()})
+
+    def log_pictures(self, pictures: dict[str, np.ndarray]) -> None:
+        """For TensorBoard: (H, W, 3) uint8 by name."""
+        for name, picture in pictures.items():
+            self.writer.add_image(name, picture, self.global_step, dataformats="HWC")
+
+    def require_finite(self, what: str, x: Any) -> None:
+        """Ends the run, with what led there in a file; the last checkpoint is from before."""
+        if torch.as_tensor(x).isfinite().all():
+            return
+        path = self.dir / f"failed_{RANK}.pt"
+        write_file(path, self.storage | {"agent": self.parts["agent"].state_dict()})
+        raise FloatingPointError(
+            f"{what} of iteration {self.iteration} is not finite, see {path.name}"
+        )
+
+    # the checkpoint
+
+    def state(self) -> dict[str, Any]:
+        """What the fingerprint is taken of: all that training has made, and all that decides how
+        it would go on."""
+        state = {name: part.state_dict() for name, part in self.parts.items()}
+        state["torch_rng"] = torch.get_rng_state()
+        state["cuda_rng"] = None
+        if self.device.type == "cuda":
+            state["cuda_rng"] = torch.cuda.get_rng_state()
+        return state
+
+    def save(self, envs: gym.vector.VectorEnv) -> None:
+        state = self.state()
+        digest = torch.tensor([int(fingerprint(state)[:15], 16)])
+        if (gather(digest) != digest).any():
+            raise RuntimeError(f"the ranks' states differ after iteration {self.iteration}")
+        state["envs"] = gather_objects(envs.get_state() if hasattr(envs, "get_state") else None)
+        state["iteration"] = self.iteration
+        state["global_step"] = self.global_step
+        state["totals"] = self.totals
+        state["seconds"] = [time.time() - self.began, self.train_seconds]
+        state["args"] = asdict(self.args)
+        state["format"] = FORMAT
+        if RANK == 0:
+            write_file(self.dir / "checkpoint.pt", state)
+
+    def restore(self, envs: gym.vector.VectorEnv, own: slice) -> np.ndarray | None:
+        """Goes on where the checkpoint is. Returns the observations there, or None if the
+        environments are to be started: in a new run, and where they could not be saved."""
+        checkpoint = self.checkpoint
+        if checkpoint is None:
+            return None
+        for name, part in self.parts.items():
+            part.load_state_dict(checkpoint[name])
+        torch.set_rng_state(checkpoint["torch_rng"])
+        if self.device.type == "cuda" and checkpoint["cuda_rng"] is not None:
+            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
+        self.iteration = checkpoint["iteration"]
+        self.totals |= checkpoint["totals"]
+        wall_seconds, self.train_seconds = checkpoint["seconds"]
+        self.began -= wall_seconds
+        if RANK == 0:
+            cut_rows(self.dir / "progress.csv", self.global_step)
+            cut_rows(self.dir / "evaluations.csv", self.global_step)
+            (self.dir / "result.json").unlink(missing_ok=True)
+        if checkpoint["envs"][0] is None:
+            return None
+        states = [state for of_rank in checkpoint["envs"] for state in of_rank]
+        return envs.set_state(states[own])
+
+
+class Profile:
+    """With --profile: seconds by phase, and a trace of the last iteration.
+
+    A phase lasts until the next one begins, the GPU's work included. The first iteration warms up
+    and is left out.
+    """
+
+    def __init__(self, enabled: bool, device: torch.device):
+        self.enabled = enabled
+        self.device = device
+        self.seconds: Counter[str] = Counter()
+        self.running = False
+        self.tracing = False
+        self.name = ""  # of the running phase
+        self.range: Any = None  # of the trace
+        self.profiler = torch.profiler.profile()
+
+    def begin(self, iteration: int, last: bool) -> None:
+        self.running = self.enabled and iteration > 1
+        if not (self.enabled and last):
+            return
+        total = self.seconds.total()
+        shares = [f"{k} {x:.4g} s ({x / total:.1%})" for k, x in self.seconds.most_common()]
+        print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
+        self.profiler.start()
+        self.tracing = True
+
+    def phase(self, name: str) -> None:
+        if not self.running:
+            return
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+        now = time.perf_counter()
+        if self.name:
+            self.seconds[self.name] += now - self.started
+        if self.range is not None:
+            self.range.__exit__(None, None, None)
+        if self.tracing:
+            self.range = torch.profiler.record_function(name)
+            self.range.__enter__()
+        self.name = name
+        self.started = now
+
+    def end(self, last: bool, directory: Path) -> None:
+        if self.enabled and last:
+            self.profiler.stop()
+            self.profiler.export_chrome_trace(str(directory / f"trace_{RANK}.json.gz"))
+
+
+# arrays
+
+
+def running_sums(
+    before: np.ndarray, x: np.ndarray, ended: np.ndarray, decay: float = 1.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Sums over the steps of each episode: before (N,) of earlier rollouts, x (T, N), ended (T, N)
+    bool. Returns the sums up to each step (T, N) float64, and what goes on (N,)."""
+    sums = np.zeros(x.shape)
+    for t in range(len(x)):
+        sums[t] = before * decay + x[t]
+        before = np.where(ended[t], 0.0, sums[t])
+    return sums, before
+
+
+def mean_or_nan(x: np.ndarray) -> float:
+    return float(x.mean()) if len(x) else math.nan
+
+
+def explained_variance(values: np.ndarray, returns: np.ndarray) -> float:
+    unexplained = torch.from_numpy(returns - values).var()
+    return float(1 - unexplained / torch.from_numpy(returns).var().clamp(min=1e-12))
+
+
+# files and device
 
 
 def fingerprint(state: Any) -> str:
     """SHA-256 of a nested state. Two runs with the same fingerprint are the same run."""
-    state = default_convert(state)
-    text = json.dumps(state, sort_keys=True, default=lambda x: sha256(x.cpu().numpy().tobytes()).hexdigest())
+
+    def digest(x: Tensor) -> str:
+        return sha256(x.cpu().numpy().tobytes()).hexdigest()
+
+    text = json.dumps(default_convert(state), sort_keys=True, default=digest)
     return sha256(text.encode()).hexdigest()
 
 
 def write_file(path: Path, content: Any) -> None:
-    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or the new one."""
+    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or
+    the new one."""
     if path.suffix == ".pt":
-        torch.save(default_convert(content), buffer := io.BytesIO())
+        buffer = io.BytesIO()
+        torch.save(default_convert(content), buffer)
         content = buffer.getvalue()
-    with open(path.with_suffix(".tmp"), "wb") as file:
-        file.write(content if isinstance(content, bytes) else json.dumps(content, indent=2).encode())
+    elif not isinstance(content, bytes):
+        content = json.dumps(content, indent=2).encode()
+    temporary = path.with_suffix(".tmp")
+    with open(temporary, "wb") as file:
+        file.write(content)
         file.flush()
         os.fsync(file.fileno())
-    os.replace(path.with_suffix(".tmp"), path)
+    os.replace(temporary, path)
+
+
+def append_row(path: Path, columns: dict[str, Any]) -> None:
+    """A row of a CSV file; the first one is preceded by the header."""
+    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values()]
+    with open(path, "a") as file:
+        if file.tell() == 0:
+            file.write(",".join(columns) + "\n")
+        file.write(",".join(cells) + "\n")
 
 
 def cut_rows(path: Path, global_step: int) -> None:
-    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will be written again."""
-    header, *lines = path.read_bytes().splitlines(keepends=True) if path.exists() else [b""]
-    kept = [line for line in lines if line.endswith(b"\n") and int(line.split(b",")[0]) <= global_step]
-    write_file(path, (header + b"".join(kept)) if kept else b"")
+    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will
+    be written again."""
+    if not path.exists():
+        return
+    header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
+    whole = [line for line in lines if line.endswith(b"\n")]
+    kept = [line for line in whole if int(line.split(b",")[0]) <= global_step]
+    write_file(path, header + b"".join(kept) if kept else b"")
+
+
+def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
 
 
 def make_run_dir(args: Args) -> Path:
     default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    run_dir = Path(args.resume or args.run_dir or default)
-    if RANK == 0 and not args.resume and (run_dir / "progress.csv").exists():
-        refuse(f"--run-dir {run_dir} already holds a run: choose another directory, or --resume {run_dir}.")
+    directory = Path(args.resume or args.run_dir or default)
+    if RANK == 0 and not args.resume and (directory / "progress.csv").exists():
+        other = f"choose another directory, or --resume {directory}"
+        refuse(f"--run-dir {directory} already holds a run: {other}.")
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
         if RANK == 0:
-            write_file(run_dir / "args.json", asdict(args))
+            write_file(directory / "args.json", asdict(args))
     except OSError as error:
-        refuse(f"--run-dir {run_dir} cannot be written: {error.strerror}.")
-    return run_dir
+        refuse(f"--run-dir {directory} cannot be written: {error.strerror}.")
+    return directory
 
 
-def load_run(flag: str, run_dir: Path) -> tuple[Args, dict[str, Any]]:
-    """The flags of the run in --evaluate or --resume RUN_DIR, changed by the command line; its checkpoint."""
-    try:
-        checkpoint = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=True)
-        if checkpoint["format"] != FORMAT:
-            raise ValueError(f"the format of its checkpoint is {checkpoint['format']!r}, this script's is {FORMAT!r}")
-        saved = {f.name: checkpoint["args"][f.name] for f in fields(Args) if f.init and f.name in checkpoint["args"]}
-        defaults = Args(**saved)
-    except Exception as error:  # whatever a damaged file makes of torch.load
-        refuse(f"--{flag} {run_dir} is not a run that can be loaded: {(str(error) or repr(error)).splitlines()[0]}")
-    args = replace(tyro.cli(Args, default=defaults), **{flag: str(run_dir)})  # and derives the sizes anew
-    if flag == "resume":
-        for name, value in saved.items():
-            if getattr(args, name) != value and name not in FREE_ON_RESUME:
-                refuse(f"--{name.replace('_', '-')} {getattr(args, name)} must be {value}, as in the run to resume.")
-        # a run that was killed after its last checkpoint has only its result left to write
-        if args.num_iterations < checkpoint["iteration"] + (run_dir / "result.json").exists():
-            refuse(f"--total-timesteps {args.total_timesteps} must be raised: {run_dir} is finished.")
-    return args, checkpoint
+def start_writer(args: Args, directory: Path, checkpoint: dict[str, Any] | None) -> SummaryWriter:
+    if args.track:
+        import wandb
+
+        wandb.init(
+            sync_tensorboard=True,
+            config=asdict(args),
+            name=directory.name,
+            dir=directory,
+            save_code=True,
+        )
+    purge_step = checkpoint["global_step"] + 1 if checkpoint else None
+    writer = SummaryWriter(directory, purge_step=purge_step)
+    table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
+    writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
+    return writer
 
 
 def choose_device(args: Args) -> torch.device:
     torch.backends.cudnn.deterministic = args.torch_deterministic
     # without these, cuDNN's LSTM and compiled kernels need not repeat bit for bit
-    os.environ |= {"CUBLAS_WORKSPACE_CONFIG": ":4096:2", "TORCHINDUCTOR_DETERMINISTIC": "1"} | os.environ
-    # cuDNN would use TF32 by default: fp32 means fp32 here. With bf16 it is what a GPU learns in
-    torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
+    # cuDNN would use TF32 by default: fp32 means fp32 here
+    torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
+    torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     cuda = args.cuda and torch.cuda.is_available()
+    if args.torch_deterministic and args.compile and cuda:
+        # else compiled max pooling would add gradients in any order
+        torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
-        store, *_ = next(dist.rendezvous("env://"))  # a restarted group would find the last one's addresses in it
-        store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-        dist.init_process_group("cpu:gloo,cuda:nccl" if cuda else "gloo", store=store, rank=RANK, world_size=WORLD)
+        join_processes("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         return torch.device("cuda", torch.cuda.current_device())
     with contextlib.suppress(AttributeError, OSError):
-        # glibc hands large tensors back to the kernel: keeping the memory makes the update up to twice as fast
-        for option, value in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD
-            ctypes.CDLL(None).mallopt(option, value)
+        # glibc hands large tensors back to the kernel: the update is up to twice as fast without
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
     return torch.device("cpu")
 
 
-def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
-    """--evaluate RUN_DIR: prints and writes an evaluation of a saved run. Flags that are not given are that run's."""
-    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
-    device = choose_device(args)
-    agent = Agent(make_envs(args, 1, device), args.precision).to(device)
-    agent.load_state_dict(checkpoint["agent"])
-    result = evaluate(agent, args, device, path.parent / "videos" / path.stem if args.capture_video else None)
-    write_file(path, result | checkpoint["totals"] | {"global_step": checkpoint["global_step"], "args": asdict(args)})
-    print("\n".join(f"{key}: {value:.3f}" for key, value in result.items() if key.startswith("solved_")))
-    print(f"{args.eval_episodes} episodes in each environment, every one in {path}")
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name()
+    return f"{torch.get_num_threads()} CPU threads"
 
 
-# ---- torchrun -------------------------------------------------------------------------------------------------------
-# A rank plays its part of the environments. Rewards, ends of episodes and values are shared, and from there on every
-# rank does the same for all N environments: GAE, scores, curriculum. Gradients are added up.
+def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:
+    """Adam, whose learning rate is a tensor: what was recorded as a CUDA graph reads it there."""
+    cuda = device.type == "cuda"
+    dtype = torch.float32 if cuda else torch.float64  # what the fused kernels take
+    rate = torch.tensor(args.learning_rate, dtype=dtype, device=device)
+    optimizer = optim.Adam(agent.parameters(), lr=rate, eps=1e-5, fused=True, capturable=cuda)
+
+    def keep_options(optimizer: optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
+        """A checkpoint of another device brings the moments, not the options."""
+        return state | {"param_groups": optimizer.state_dict()["param_groups"]}
+
+    optimizer.register_load_state_dict_pre_hook(keep_options)
+    return optimizer
 
 
-def share(x: Tensor) -> Tensor:
-    """(..., n) of this rank's environments -> (..., N) of all ranks'."""
+@contextlib.contextmanager
+def own_random_stream(args: Args, device: torch.device) -> Iterator[None]:
+    """For an evaluation: the seed decides it, and it leaves training's generators alone."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(int(np.random.default_rng([args.seed, 2]).integers(2**62)))
+        yield
+
+
+# torchrun: each process plays its part of the environments. Rewards, ends of episodes and values
+# are gathered, and from there on every process does the same for all N environments: GAE, level
+# scores, curriculum. Gradients are added up.
+
+
+def join_processes(backend: str) -> None:
+    # torchrun reuses the store after a restart: a prefix keeps the last group's addresses out
+    store, *_ = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+
+
+def gather(x: Tensor) -> Tensor:
+    """(..., n) of this process's environments -> (..., N) of all processes'."""
     if WORLD == 1:
         return x
     parts = [torch.empty_like(x, memory_format=torch.contiguous_format) for _ in range(WORLD)]
@@ -746,354 +1737,169 @@ def share(x: Tensor) -> Tensor:
     return torch.cat(parts, dim=-1)
 
 
-def add_gradients(agent: nn.Module) -> None:
-    if WORLD > 1:
-        gradients = [p.grad for p in agent.parameters()]
-        dist.all_reduce(flat := torch.cat([x.reshape(-1) for x in gradients]))  # one message
-        for x, total in zip(gradients, flat.split([x.numel() for x in gradients])):
-            x.copy_(total.view(x.shape))
+def to_numpy(x: Tensor) -> np.ndarray:
+    """(..., n) on the device, of this process's environments -> (..., N) of all processes'."""
+    return gather(x).cpu().numpy()
 
 
-# ---- training -------------------------------------------------------------------------------------------------------
+def gather_numpy(reward: np.ndarray, done: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(n,) of this process's environments -> (N,) float32 and (N,) bool of all processes'."""
+    if WORLD == 1:
+        return reward, done
+    reward, done = gather(torch.from_numpy(np.stack((reward, done)))).numpy()
+    return reward, done > 0
+
+
+def gather_objects(x: Any) -> list[Any]:
+    """One of each process."""
+    if WORLD == 1:
+        return [x]
+    objects = [None] * WORLD
+    dist.all_gather_object(objects, x)
+    return objects
+
+
+def mean(x: Tensor, args: Args) -> Tensor:
+    """This process's part of the mean over a minibatch of all processes."""
+    return x.sum() / args.minibatch_size
+
+
+def all_reduce_gradients(agent: nn.Module) -> None:
+    """Adds up the gradients of all processes, in one message."""
+    if WORLD == 1:
+        return
+    gradients = [p.grad for p in agent.parameters()]
+    total = torch.cat([x.reshape(-1) for x in gradients])
+    dist.all_reduce(total)
+    for x, part in zip(gradients, total.split([x.numel() for x in gradients])):
+        x.copy_(part.view(x.shape))
+
+
+# command line
+
+
+def say(line: str) -> None:
+    if RANK == 0:
+        print(line, flush=True)
+
+
+def refuse(reason: str, status: int = 2) -> None:
+    """Ends the program with one sentence."""
+    if RANK > 0 and status == 2:
+        time.sleep(30)  # process 0 says it, and torchrun ends the others
+    print(f"error: {reason}", file=sys.stderr)
+    raise SystemExit(status)
+
+
+def require(args: Args, names: list[str], allowed: Callable[[Any], bool], what: str) -> None:
+    """Refuses the flags among `names` whose value is not allowed; None always is."""
+    for name in names:
+        value = getattr(args, name)
+        if value is not None and not allowed(value):
+            refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
+
+
+def check_common_args(args: Args) -> None:
+    """Refuses values that neither script can work with."""
+    sizes = ["num_envs", "num_steps", "num_minibatches", "update_epochs"]
+    sizes += ["total_timesteps", "eval_episodes"]
+    require(args, sizes, lambda x: x >= 1, "at least 1")
+    counts = ["seed", "checkpoint_interval", "eval_interval", "ent_coef", "vf_coef"]
+    require(args, counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+    positive = ["learning_rate", "temperature", "max_grad_norm", "clip_coef", "target_kl"]
+    require(args, positive, lambda x: 0 < x < math.inf, "above 0")
+    shares = ["gamma", "gae_lambda", "staleness_coef", "rho"]
+    require(args, shares, lambda x: 0 <= x <= 1, "between 0 and 1")
+    require(args, ["alpha"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+    processes = f"a multiple of torchrun's {WORLD} processes"
+    require(args, ["num_envs"], lambda x: x % WORLD == 0, processes)
+
+
+def parse_args() -> tuple[Args, dict[str, Any] | None]:
+    """The flags, and the checkpoint of the run in --resume or --evaluate."""
+    args = tyro.cli(Args)
+    restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
+    if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
+        args.resume = args.resume or args.run_dir
+    if args.evaluate:
+        return load_run("evaluate", Path(args.evaluate))
+    if args.resume:
+        return load_run("resume", Path(args.resume))
+    return args, None
+
+
+def load_run(flag: str, directory: Path) -> tuple[Args, dict[str, Any]]:
+    """The run's flags, changed by those on the command line; its checkpoint."""
+    try:
+        path = directory / "checkpoint.pt"
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+        found = checkpoint["format"]
+        if found != FORMAT:
+            why = f"the format of its checkpoint is {found!r}, this script's is {FORMAT!r}"
+            raise ValueError(why)
+        names = [f.name for f in fields(Args) if f.init and f.name in checkpoint["args"]]
+        saved = {name: checkpoint["args"][name] for name in names}
+        defaults = Args(**saved)
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        why = (str(error) or repr(error)).splitlines()[0]
+        refuse(f"--{flag} {directory} is not a run that can be loaded: {why}")
+    args = tyro.cli(Args, default=defaults)
+    args = replace(args, **{flag: str(directory)})  # and derives the sizes anew
+    if flag == "resume":
+        check_resumed_args(args, saved, checkpoint)
+    return args, checkpoint
+
+
+def check_resumed_args(args: Args, saved: dict[str, Any], checkpoint: dict[str, Any]) -> None:
+    for name, value in saved.items():
+        if name not in FREE_ON_RESUME and getattr(args, name) != value:
+            flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+            refuse(f"{flag} must be {value}, as in the run to resume.")
+    # a run that was killed after its last checkpoint has only its result left to write
+    finished = Path(args.resume, "result.json").exists()
+    if args.num_iterations < checkpoint["iteration"] + finished:
+        more = f"must be raised: {args.resume} is finished"
+        refuse(f"--total-timesteps {args.total_timesteps} {more}.")
+
+
+def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
+    """--evaluate RUN: prints and writes an evaluation of a saved run."""
+    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
+    video = path.parent / "videos" / path.stem if args.capture_video else None
+    device = choose_device(args)
+    agent = Agent(make_envs(args, 1, device), args.precision).to(device)
+    agent.load_state_dict(checkpoint["agent"])
+    result = evaluate(agent, args, device, video)
+    of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}
+    write_file(path, result | checkpoint["totals"] | of_run)
+    for name, x in result.items():
+        if name != "episodes":
+            say(f"{name}: {x:.3f}")
+    say(f"every episode: {path}")
 
 
 def main() -> None:
-    args, checkpoint = tyro.cli(Args), None
-    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0" and Path(args.run_dir or "", "checkpoint.pt").exists():
-        args.resume = args.resume or args.run_dir  # torchrun --max-restarts has started it again
-    if args.evaluate or args.resume:
-        args, checkpoint = load_run("evaluate" if args.evaluate else "resume", Path(args.evaluate or args.resume))
+    args, checkpoint = parse_args()
     check_args(args)
     if args.evaluate:
-        return evaluate_run(args, checkpoint)
+        evaluate_run(args, checkpoint)
+        return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    run_dir = make_run_dir(args)
-    threading.excepthook = lambda _: None  # TensorBoard's: what its writing thread meets, the next write says
+    directory = make_run_dir(args)
+    # TensorBoard's: the next add_scalar raises again what its writing thread met
+    threading.excepthook = lambda _: None
     try:
-        train(args, run_dir, checkpoint)
-        if WORLD > 1:  # gloo's threads have aborted a process as it ended, after its work: leave without them
-            sys.stdout.flush()
-            os._exit(0)
+        train(args, Run(args, directory, checkpoint))
     except Exception as error:  # a full disk, a dead environment, a loss that is not finite
         with contextlib.suppress(OSError):
-            (run_dir / f"error_{RANK}.txt").write_text(traceback.format_exc())
+            (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
         what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        refuse(f"{what}. {run_dir}/error_{RANK}.txt has details; to go on: --resume {run_dir}", status=1)
-
-
-def train(args: Args, run_dir: Path, checkpoint: dict[str, Any] | None) -> None:
-    # ==== setup ====
-    if RANK == 0:
-        if args.track:
-            import wandb
-
-            wandb.init(sync_tensorboard=True, config=asdict(args), name=run_dir.name, dir=run_dir, save_code=True)
-        writer = SummaryWriter(run_dir, purge_step=checkpoint["global_step"] + 1 if checkpoint else None)
-        table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
-        writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
-    device = choose_device(args)
-    device_name = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    torch.manual_seed(args.seed)  # network, actions, minibatches; sampler and evaluation have streams of their own
-    T, N, n = args.num_steps, args.num_envs, args.num_envs // WORLD
-    here = slice(RANK * n, (RANK + 1) * n)  # this rank's environments: all N of them without torchrun
-    envs = make_envs(args, n, device)
-    agent = Agent(envs, args.precision).to(device)
-    act = torch.compile(agent.act) if args.compile else agent.act
-    optimizer = optim.Adam(agent.parameters(), lr=args.learning_rate, eps=1e-5, fused=True)
-    names = "num_envs seed score_transform temperature staleness_coef replay_schedule rho alpha".split()
-    options = {name: getattr(args, name) for name in names} | {"level_space": FIRST_TEST_LEVEL}
-    plr = {"buffer_size": args.buffer_size, "nu": 1 - args.replay_prob}  # dr has no buffer: every level is a new one
-    sampler = LevelSampler(**options, **({"curriculum": "uniform"} if args.curriculum == "dr" else plr))
-
-    # ==== storage: T = num_steps, N = num_envs, n of them on this rank ====
-    num_actions = int(envs.single_action_space.n)
-    images = torch.zeros((T, n) + envs.single_observation_space["image"].shape, dtype=torch.uint8, device=device)
-    directions, actions = torch.zeros((2, T, n), dtype=torch.int64, device=device)
-    logits = torch.zeros((T, n, num_actions), device=device)  # float32, after the rollout log-probabilities
-    rollout = torch.zeros((2, T + 1, n), device=device)  # float32; the last row is of what follows the rollout
-    own_rewards, own_values = rollout
-    dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
-    levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
-    clocks = torch.zeros((N, num_actions), device=device)  # noise that decides the actions, the same on every rank
-
-    def run_state() -> dict[str, Any]:
-        """What the fingerprint is taken of: all that training has made, and all that decides how it would go on."""
-        cuda_rng = torch.cuda.get_rng_state() if device.type == "cuda" else None
-        state = {"agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "sampler": sampler.state_dict()}
-        return state | {"torch_rng": torch.get_rng_state(), "cuda_rng": cuda_rng}
-
-    profiler, running, spent = torch.profiler.profile(), contextlib.ExitStack(), Counter()  # seconds by phase
-
-    def phase(name: str) -> None:
-        """With --profile: what follows, the GPU's work included, is this phase's time and a range of the trace."""
-        if args.profile and iteration > 1:  # the first one warms up
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-            running.close()  # and with it the phase before
-            start = time.perf_counter()
-            running.callback(lambda: spent.update({name: time.perf_counter() - start}))
-            if last:  # and traced: a range costs some 15 us
-                running.enter_context(torch.profiler.record_function(name))
-
-    def log(path: Path, row: dict[str, Any]) -> None:
-        """A row for TensorBoard and, its names without their group, for a CSV file; the first row makes the header."""
-        for key, value in row.items():
-            if not math.isnan(value):
-                writer.add_scalar(key, value, global_step)
-        columns = {"global_step": global_step, "wall_seconds": time.time() - start_time}
-        columns |= {key.split("/")[1]: value for key, value in row.items()}
-        with open(path, "a") as file:
-            cells = (f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values())
-            file.writelines(",".join(x) + "\n" for x in ([columns, cells] if file.tell() == 0 else [cells]))
-
-    def mean(x: Tensor) -> Tensor:
-        """This rank's part of the mean over a minibatch of all ranks."""
-        return x.sum() / (args.batch_size // args.num_minibatches)
-
-    def save_checkpoint() -> None:
-        """Every rollout starts fresh episodes, so there are no environments to save."""
-        state = run_state()
-        mark = torch.tensor([int(fingerprint(state)[:15], 16)])
-        if (share(mark) != mark).any():
-            raise RuntimeError(f"the ranks' states differ after iteration {iteration}")
-        state |= {"seconds": [time.time() - start_time, train_seconds], "global_step": global_step, "format": FORMAT}
-        state |= {"iteration": iteration, "args": asdict(args), "totals": totals}
-        if RANK == 0:
-            write_file(run_dir / "checkpoint.pt", state)
-
-    def require_finite(x: Tensor, what: str) -> None:
-        """Ends the run, with what led there in a file; the last checkpoint is from before."""
-        if not x.isfinite().all():
-            what_led = {"images": images, "directions": directions, "actions": actions, "logits": logits}
-            what_led |= {"rewards": own_rewards, "values": own_values, "levels": levels, "agent": agent.state_dict()}
-            write_file(run_dir / f"failed_{RANK}.pt", what_led)
-            raise FloatingPointError(f"{what} of iteration {iteration} is not finite, see failed_{RANK}.pt")
-
-    # ==== start or resume ====
-    iteration, global_step, train_seconds, start_time = 0, 0, 0.0, time.time()  # train_seconds: without evaluation
-    totals = {"gradient_updates": 0, "untrained_steps": 0}
-    if checkpoint:
-        for name, part in (("agent", agent), ("optimizer", optimizer), ("sampler", sampler)):
-            part.load_state_dict(checkpoint[name])
-        torch.set_rng_state(checkpoint["torch_rng"])
-        if device.type == "cuda" and checkpoint["cuda_rng"] is not None:
-            torch.cuda.set_rng_state(checkpoint["cuda_rng"])
-        iteration, global_step, (seconds, train_seconds) = map(checkpoint.get, ("iteration", "global_step", "seconds"))
-        start_time, totals = start_time - seconds, checkpoint["totals"]
-        for name in ("progress.csv", "evaluations.csv") if RANK == 0 else ():
-            cut_rows(run_dir / name, global_step)
-        (run_dir / "result.json").unlink(missing_ok=True)
-
-    stopped: list[int] = []  # signals: the first ends the run after its iteration, a second one at once
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-        signal.signal(number, lambda number, _: stopped.append(number) or signal.signal(number, signal.SIG_DFL))
-    if not checkpoint:
-        save_checkpoint()
-    if RANK == 0:
-        print(f"{args.env_id}, {args.curriculum}, seed {args.seed}: {run_dir}\ntraining on {device_name}", flush=True)
-    shown_at, evaluation, stopping = (global_step, train_seconds), None, False  # shown_at: at the last printed line
-
-    while iteration < args.num_iterations and not stopping:
-        iteration += 1
-        iteration_start, last = time.time(), iteration == args.num_iterations
-        if args.profile and last:
-            shares = (f"{name} {x:.4g} s ({x / spent.total():.1%})" for name, x in spent.most_common())
-            print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
-            profiler.start()
-        if args.anneal_lr:
-            optimizer.param_groups[0]["lr"] = (1 - (iteration - 1) / args.num_iterations) * args.learning_rate
-
-        # ==== rollout ====
-        # Algorithm 1: sample the replay decision d, one for all environments
-        replay = sampler.decide_replay()
-        # d = 0: a new level from the generator for each environment. d = 1: a level each from the buffer, by P_replay
-        sampler.drop(next_done := np.ones(N, bool))  # the episodes that the last rollout cut off
-        next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
-        next_obs, _ = envs.reset(seed=next_levels[here].tolist())
-        lstm_state = tuple(torch.zeros((n, 256), device=device) for _ in range(2))
-        step_weights = agent.step_weights()
-        episode_return, episode_length = np.zeros(N), np.zeros(N, np.int64)
-        finished: list[tuple[float, int]] = []  # (return, length) of the episodes that ended
-        for step in range(args.num_steps):
-            global_step += args.num_envs
-            phase("inference")
-            images[step], directions[step] = next_obs["image"], next_obs["direction"]
-            dones[step], levels[step] = next_done, next_levels
-            noise = clocks.exponential_()[here]
-            actions[step], own_values[step], logits[step], lstm_state = act(next_obs, lstm_state, step_weights, noise)
-            phase("environment")
-            next_obs, reward, terminations, truncations, _ = envs.step(actions[step])
-            own_rewards[step] = reward
-            phase("transfer")
-            transfer = share(torch.stack((reward, (terminations | truncations).float()))).cpu().numpy()  # one per step
-            phase("rest")
-            next_done = transfer[1] > 0  # (N,) bool, of all ranks
-            episode_return += transfer[0]
-            episode_length += 1
-            if next_done.any():
-                if args.bootstrap_timeouts and (timeouts := truncations & ~terminations).any():
-                    final_value = act(next_obs, lstm_state, step_weights, noise)[1]
-                    own_rewards[step] += args.gamma * final_value * timeouts
-                phase("sampler")
-                finished += zip(episode_return[next_done].tolist(), episode_length[next_done].tolist())
-                sampler.record_returns(next_levels[next_done], episode_return[next_done])
-                episode_return[next_done] = episode_length[next_done] = 0
-                # d = 0: the same level again. d = 1: another one from the buffer (after the last step too, as in dcd)
-                next_levels = sampler.next_levels(next_done, replay, None if replay else next_levels)
-                phase("environment")
-                next_obs, _ = envs.reset(seed=next_levels[here].tolist(), options={"reset_mask": next_done[here]})
-                keep = torch.from_numpy(~next_done[here]).to(device)[:, None]
-                lstm_state = tuple(x * keep for x in lstm_state)
-
-        # ==== advantages (GAE) ====
-        phase("rest")
-        logits = logits.log_softmax(-1)  # of the whole rollout at once
-        logprobs = logits.gather(-1, actions[..., None]).squeeze(-1)
-        ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
-        ends = torch.from_numpy(ended).float()
-        if args.bootstrap_timeouts:
-            own_values[T] = act(next_obs, lstm_state, step_weights, noise)[1]
-        rewards, values = share(rollout).cpu()
-        rewards, next_values, values = rewards[:-1], values[1:] * (1 - ends), values[:-1]
-        deltas = rewards + args.gamma * next_values - values
-        advantages, lastgaelam, decay = torch.zeros_like(rewards), 0.0, args.gamma * args.gae_lambda * (1 - ends)
-        for t in reversed(range(args.num_steps)):
-            advantages[t] = lastgaelam = deltas[t] + decay[t] * lastgaelam
-        returns = advantages + values
-        require_finite(advantages, "an advantage")
-
-        # ==== level scores (Algorithm 1: the score S and the buffer's update, neither of which needs the policy's) ====
-        # (T, N), averaged over each episode by the sampler. Yours is one more line: everything above is at hand.
-        if args.score == "max_mc":  # regret, estimated with the best return so far on the level
-            step_scores = torch.from_numpy(sampler.best_returns(levels)).float() - values
-        elif args.score == "positive_value_loss":
-            step_scores = advantages.clamp(min=0)
-        elif args.score == "value_l1":
-            step_scores = advantages.abs()
-        elif args.score == "gae":
-            step_scores = advantages
-        elif args.score == "one_step_td_error":
-            step_scores = deltas.abs()
-        elif args.score == "policy_entropy":
-            step_scores = share(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
-        elif args.score == "least_confidence":
-            step_scores = share(1 - logits.exp().amax(-1))
-        elif args.score == "min_margin":
-            step_scores = share(1 - logits.exp().topk(2).values.diff(dim=-1).abs().squeeze(-1))
-        cut_too = args.bootstrap_timeouts and args.score != "max_mc"
-        phase("sampler")
-        sampler.update(levels, step_scores.cpu().numpy(), ended, score_tails=cut_too)
-
-        # ==== optimise (PPO; Algorithm 1: if d = 1, update the policy) ====
-        phase("update")
-        # Robust PLR learns nothing from new levels, so nothing is computed for them.
-        learn = replay or args.curriculum != "robust_plr"
-        losses, updates, M = torch.zeros(7, device=device), 0, args.num_minibatches  # summed, read once
-        advantages, returns, values = torch.stack((advantages, returns, values)).to(device)
-        for _epoch in range(args.update_epochs if learn else 0):
-            # of every M environments in a row, each minibatch gets one: equally many of each rank
-            for mb_envs in (torch.rand(N // M, M).argsort(dim=1) + torch.arange(0, N, M)[:, None]).T:
-                mb_advantages = advantages[:, mb_envs]
-                mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
-                own = mb_envs // n == RANK  # this rank's part of the minibatch
-                mb_envs, mb_advantages = mb_envs[own], mb_advantages[:, own].reshape(-1)
-                mb_returns, mb_values = returns[:, mb_envs].reshape(-1), values[:, mb_envs].reshape(-1)
-                mb_inds = mb_envs - RANK * n  # among this rank's environments
-                mb_actions, mb_logprobs = actions[:, mb_inds].reshape(-1), logprobs[:, mb_inds].reshape(-1)
-                unrolled = agent.unroll(images[:, mb_inds], directions[:, mb_inds], dones[:, mb_envs.numpy()])
-                newlogprob, entropy, newvalue = agent.evaluate_actions(*unrolled, mb_actions)
-                logratio = newlogprob - mb_logprobs
-                ratio = logratio.exp()
-                pg_loss1 = -mb_advantages * ratio
-                pg_loss2 = -mb_advantages * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-                pg_loss = mean(torch.max(pg_loss1, pg_loss2))
-                v_change = (newvalue - mb_values).clamp(-args.clip_coef, args.clip_coef)
-                v_loss_clipped = (mb_values + v_change - mb_returns) ** 2
-                v_loss = 0.5 * mean(torch.max((newvalue - mb_returns) ** 2, v_loss_clipped))
-                entropy_loss = mean(entropy)
-                loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-                optimizer.zero_grad()
-                loss.backward()
-                add_gradients(agent)
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-                with torch.no_grad():  # approx_kl: http://joschu.net/blog/kl-approx.html
-                    old_approx_kl, approx_kl = mean(-logratio), mean((ratio - 1) - logratio)
-                    clipfrac = mean(((ratio - 1).abs() > args.clip_coef).float())
-                    parts = (v_loss, pg_loss, entropy_loss, old_approx_kl, approx_kl, clipfrac, grad_norm / WORLD)
-                    losses += torch.stack(parts).detach()
-                    updates += 1
-            if args.target_kl is not None and share(approx_kl[None]).sum() > args.target_kl:
-                break
-        totals["gradient_updates"] += updates
-        totals["untrained_steps"] += 0 if learn else args.batch_size
-
-        # ==== log ====
-        losses = share(losses[:, None]).sum(-1) / max(updates, 1)
-        require_finite(losses, "a loss or gradient")  # waits for the device: the clock stops after the work is done
-        phase("rest")
-        curriculum = sampler.metrics() | level_metrics(args, sampler, levels[dones], replay)
-        seconds = time.time() - iteration_start
-        train_seconds += seconds
-        names = ("value_loss", "policy_loss", "entropy", "old_approx_kl", "approx_kl", "clipfrac", "grad_norm")
-        mean_return, mean_length = np.mean(finished, axis=0).tolist() if finished else (math.nan, math.nan)
-        row = {
-            "charts/episodic_return": mean_return,
-            "charts/episodic_length": mean_length,
-            "charts/solved_rate": float(np.mean([x > 0 for x, _ in finished])) if finished else math.nan,
-            "charts/episodes": len(finished),
-            "charts/learning_rate": optimizer.param_groups[0]["lr"],
-            "charts/SPS": args.batch_size / seconds,
-            **{f"charts/{name}": value for name, value in totals.items()},
-            **{f"losses/{name}": value if updates else math.nan for name, value in zip(names, losses.tolist())},
-            "losses/explained_variance": float(1 - (returns - values).var() / returns.var().clamp(min=1e-12)),
-            "curriculum/replay": int(replay),
-            **{f"curriculum/{name}": value for name, value in curriculum.items()},
-        }
-        if args.profile and last:
-            profiler.stop()
-            profiler.export_chrome_trace(str(run_dir / f"trace_{RANK}.json.gz"))
-        if RANK == 0:
-            log(run_dir / "progress.csv", row)
-
-        # ==== evaluate ====
-        if RANK == 0 and (last or (args.eval_interval and iteration % args.eval_interval == 0)):
-            video = run_dir / "videos" / f"step_{global_step}" if args.capture_video else None
-            evaluation = evaluate(agent, args, device, video)
-            scalars = {f"eval/{k}": x for k, x in (totals | evaluation).items() if k != "episodes"}
-            log(run_dir / "evaluations.csv", scalars)
-            for name, picture in level_pictures(args, sampler, iteration).items():
-                writer.add_image(f"levels/{name}", picture, global_step, dataformats="HWC")
-
-        # ==== checkpoint ====
-        stopping = bool(share(torch.tensor([len(stopped)])).any()) and not last
-        if last or stopping or (args.checkpoint_interval and iteration % args.checkpoint_interval == 0):
-            save_checkpoint()
-        if RANK == 0 and (last or iteration == 1 or train_seconds - shown_at[1] > 10):
-            left = int((time.time() - start_time) / iteration * (args.num_iterations - iteration) / 60)  # minutes
-            pace = (global_step - shown_at[0]) / (train_seconds - shown_at[1])
-            line = f"step {global_step:,} ({iteration / args.num_iterations:.1%}) | {left // 60}h{left % 60:02d}m left"
-            line += f" | {pace:,.0f} steps/s | {totals['gradient_updates']:,} updates | train return {mean_return:.2f}"
-            print(line + (f" | evaluation: solved {evaluation['solved_mean']:.2f}" if evaluation else ""), flush=True)
-            shown_at = (global_step, train_seconds)
-
-    envs.close()
-    if WORLD > 1:
-        dist.destroy_process_group()
-    if RANK > 0:
-        return
-    writer.close()
-    if stopping:
-        print(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {run_dir}", flush=True)
-        raise SystemExit(130 if signal.SIGINT in stopped else 0)
-    evaluation = evaluation or evaluate(agent, args, device)
-    result = {"env_id": args.env_id, "curriculum": args.curriculum, "seed": args.seed, "global_step": global_step}
-    result |= totals | {"steps_per_second": global_step / train_seconds, "wall_seconds": time.time() - start_time}
-    result |= {"device": device_name, "processes": WORLD, "torch": torch.__version__}
-    result |= {"fingerprint": fingerprint(run_state()), "evaluation": evaluation}
-    write_file(run_dir / "result.json", result)
-    print(f"done: {run_dir}/result.json, fingerprint {result['fingerprint'][:16]}", flush=True)
+        details = f"{directory}/error_{RANK}.txt has details; to go on: --resume {directory}"
+        refuse(f"{what}. {details}", status=1)
+    if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
+        sys.stdout.flush()
+        os._exit(0)
 
 
 if __name__ == "__main__":
