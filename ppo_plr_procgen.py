@@ -126,7 +126,8 @@ class Args:
     # Speed
     # bf16: about twice as fast on CPUs with AMX or AVX512-BF16
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
-    compile: bool = False  # torch.compile the network
+    compile: bool = False  # torch.compile acting and the loss: a minute at the start, then faster
+    cuda_graphs: bool = True  # on a GPU: launch recorded work at once; off to debug
     profile: bool = False  # print the phases' shares of time; trace the last iteration
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
@@ -278,9 +279,8 @@ def train(args: Args, run: "Run") -> None:
     envs = make_envs(args, n, device)
     agent = Agent(envs, args.precision).to(device)
     acting = agent.acting_copy()
-    if args.compile:
-        agent.network.compile()
-        acting.network.compile()
+    decide = maybe_compile(acting.get_action_and_value, args)
+    loss_of = maybe_compile(ppo_loss, args)
     optimizer = make_optimizer(agent, args, device)
     sampler = make_sampler(args)
     episodes = EpisodeStatistics(N, args.reward_norm_gamma)
@@ -304,10 +304,11 @@ def train(args: Args, run: "Run") -> None:
     run.storage = {"obs": obs, "actions": actions, "logprobs": logprobs, "values": values}
     run.storage |= {"rewards": rewards, "levels": levels}
 
+    @functools.partial(CudaGraph, enabled=run.graphs)
     def act() -> None:
         """A step of the policy: what it decides for next_obs, and why, goes into the storage."""
         noise.exponential_()
-        action, logprob, _, value, logit = acting.get_action_and_value(next_obs, noise=noise[own])
+        action, logprob, _, value, logit = decide(next_obs, noise=noise[own])
         decided = ((actions, action), (logprobs, logprob), (logits, logit), (values, value))
         for storage, x in ((obs, next_obs), *decided):
             storage.index_copy_(0, step_on_device, x[None])
@@ -320,6 +321,8 @@ def train(args: Args, run: "Run") -> None:
     b_targets = torch.zeros((3, T * N), device=device)
     losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
 
+    @functools.partial(CudaGraph, enabled=run.graphs and WORLD == 1)  # without communication
+    @deterministic_gradients(args)
     def learn(mb_inds: Tensor) -> Tensor:
         """A step of the optimizer, from the minibatch at mb_inds of the T * N steps; approx_kl."""
         mb_advantages, mb_returns, mb_values = b_targets[:, mb_inds]
@@ -327,7 +330,7 @@ def train(args: Args, run: "Run") -> None:
         mine, own_inds = part_of_minibatch(mb_inds, N)
         minibatch = (b_obs[own_inds], b_actions[own_inds], b_logprobs[own_inds])
         targets = (mb_advantages[mine], mb_returns[mine], mb_values[mine])
-        loss, parts = ppo_loss(agent, args, *minibatch, *targets)
+        loss, parts = loss_of(agent, args, *minibatch, *targets)
         optimizer.zero_grad()
         loss.backward()
         all_reduce_gradients(agent)
@@ -348,7 +351,6 @@ def train(args: Args, run: "Run") -> None:
     next_levels = sampler.playing.copy()  # (N,) int64
 
     for iteration in run.iterations(envs):
-        # Annealing the rate if instructed to do so.
         if args.anneal_lr:
             frac = 1.0 - (iteration - 1.0) / args.num_iterations
             optimizer.param_groups[0]["lr"].fill_(frac * args.learning_rate)
@@ -563,12 +565,14 @@ class ProcgenLevels(gym.vector.VectorEnv):
         obs, rewards, terminations, truncations, infos = envs.step(actions)
 
     Observations are (N, 64, 64, 3) uint8, those of an environment that is done mean nothing until
-    its reset; rewards (N,) float32. A level's start is the saved state of a fresh single-level
-    game, and the stock wheel's `set_state` puts any environment there. (Procgen's own reset would
-    not: in dodgeball, the last episode leaks into the next.)
+    its reset; rewards (N,) float32. The next reset or step overwrites them. A level's start is the
+    saved state of a fresh single-level game, and the stock wheel's `set_state` puts any environment
+    there. (Procgen's own reset would not: in dodgeball, the last episode leaks into the next.)
     """
 
-    def __init__(self, num_envs: int, env_id: str, mode: str, num_threads: int):
+    def __init__(
+        self, num_envs: int, env_id: str, mode: str, num_threads: int, page_lock: bool = False
+    ):
         # procgen imports the dead package gym, which prints a notice
         with contextlib.redirect_stderr(io.StringIO()):
             from procgen import ProcgenGym3Env
@@ -581,6 +585,13 @@ class ProcgenLevels(gym.vector.VectorEnv):
             rand_seed=0,  # Procgen would draw one from the operating system
         )
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
+        # observe() then returns the library's own arrays, which the next step overwrites
+        self.procgen._reuse_arrays = True
+        self.page_locked = page_lock
+        if page_lock:  # in place: a GPU reads the observations from there while others go on
+            rgb = self.procgen.observe()[1]["rgb"]
+            error = torch.cuda.cudart().cudaHostRegister(rgb.ctypes.data, rgb.nbytes, 0)
+            torch.cuda.check_error(error)
         self.level_start = functools.lru_cache(maxsize=4096)(  # 21-38 KB and 0.5 ms each
             lambda level: make(num=1, start_level=level, num_threads=0).get_state()[0]
         )
@@ -622,6 +633,9 @@ class ProcgenLevels(gym.vector.VectorEnv):
         return self.procgen.observe()[1]["rgb"]
 
     def close_extras(self, **kwargs) -> None:
+        if self.page_locked:
+            rgb = self.procgen.observe()[1]["rgb"]
+            torch.cuda.cudart().cudaHostUnregister(rgb.ctypes.data)
         self.procgen.close()
 
 
@@ -630,7 +644,8 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
     the level."""
     threads = min(args.env_threads or os.cpu_count(), num_envs)
     try:
-        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, threads)
+        page_lock = device.type == "cuda"
+        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, threads, page_lock)
     except (ImportError, OSError) as error:
         libraries = "On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0"
         refuse(f"Procgen does not load ({error}). {libraries}")
@@ -765,6 +780,7 @@ FREE_ON_RESUME = (
     "capture_video",
     "track",
     "profile",
+    "cuda_graphs",
     "env_threads",
     "resume",
     "evaluate",
@@ -789,6 +805,7 @@ class Run:
         self.totals: dict[str, int] = {}
         self.writer = start_writer(args, directory, checkpoint) if RANK == 0 else None
         self.device = choose_device(args)
+        self.graphs = args.cuda_graphs and self.device.type == "cuda"
         self.profile = Profile(args.profile, self.device)
         self.iteration = 0
         self.train_seconds = 0.0  # of rollouts and updates
@@ -996,6 +1013,55 @@ class Run:
         return envs.set_state(states[own])
 
 
+class CudaGraph:
+    """function(*tensors, **constants) -> tensors, recorded on a GPU and replayed as one launch.
+
+    Launching a kernel from Python takes longer than most of these kernels run. The first two calls
+    are plain ones, whose work counts; the third is recorded; from then on its kernels run again,
+    on what the tensors hold by then. So the function must do the same to the same memory each time
+    and never wait for the device. Its outputs are overwritten by the next call. Each combination
+    of constants is recorded on its own. Not enabled, it is the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], enabled: bool):
+        self.function = function
+        self.enabled = enabled
+        self.calls: Counter[tuple] = Counter()  # by constants
+        self.recorded: dict[tuple, tuple] = {}  # graph, fixed inputs, outputs
+
+    def __call__(self, *inputs: Tensor, **constants: Any) -> Any:
+        if not self.enabled:
+            return self.function(*inputs, **constants)
+        key = tuple(constants.values())
+        self.calls[key] += 1
+        if self.calls[key] <= 2:
+            return self._run_aside(inputs, constants)
+        if key not in self.recorded:
+            self.recorded[key] = self._record(inputs, constants)
+        graph, fixed_inputs, outputs = self.recorded[key]
+        for fixed, x in zip(fixed_inputs, inputs):
+            fixed.copy_(x, non_blocking=True)
+        graph.replay()
+        return outputs
+
+    def _run_aside(self, inputs: tuple, constants: dict) -> Any:
+        """A plain call on another stream, as capturing wants it of what warms up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs = self.function(*inputs, **constants)
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    def _record(self, inputs: tuple, constants: dict) -> tuple:
+        fixed_inputs = [x.clone() for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # other threads, TensorBoard's among them, may do as they like meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = self.function(*fixed_inputs, **constants)
+        return graph, fixed_inputs, outputs
+
+
 class Profile:
     """With --profile: seconds by phase, and a trace of the last iteration.
 
@@ -1027,6 +1093,8 @@ class Profile:
         if not self.running:
             return
         if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return  # what is recorded as one graph is one phase
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self.name:
@@ -1166,9 +1234,6 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     cuda = args.cuda and torch.cuda.is_available()
-    if args.torch_deterministic and args.compile and cuda:
-        # else compiled max pooling would add gradients in any order
-        torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         join_processes("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
@@ -1186,6 +1251,20 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"
+
+
+def maybe_compile(function: Callable[..., Any], args: Args) -> Callable[..., Any]:
+    return torch.compile(function) if args.compile else function
+
+
+@contextlib.contextmanager
+def deterministic_gradients(args: Args) -> Iterator[None]:
+    """Compiled max pooling would add gradients in any order. Only where it matters, since it makes
+    other operations slower."""
+    wanted = args.compile and args.torch_deterministic
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:

@@ -22,7 +22,6 @@ episode is scored too (not by max_mc, which needs whole ones).
 import contextlib
 import ctypes
 import functools
-import heapq
 import importlib.util
 import io
 import itertools
@@ -132,6 +131,7 @@ class Args:
     # bf16: faster on CPUs with AMX; on a GPU it acts in bf16 and learns in tf32
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile the step of the mazes and the network's, to act
+    cuda_graphs: bool = True  # on a GPU: launch recorded work at once; off to debug
     profile: bool = False  # print the phases' shares of time; trace the last iteration
     batch_size: int = field(init=False)
     minibatch_size: int = field(init=False)
@@ -153,29 +153,24 @@ def head(size: int, std: float) -> nn.Sequential:
     return layers
 
 
-def pack_episodes(starts: np.ndarray) -> tuple[int, np.ndarray]:
-    """Sequence packing: the episodes of a rollout, laid one after another into N rows, so that one
-    call of the LSTM takes them all. Between two, a step is left free, in which it forgets.
+def pack_episodes(begins: Tensor) -> Tensor:
+    """Sequence packing: each environment's episodes in one row, with a one-step gap between two in
+    which the LSTM forgets, so that one call takes them all.
 
-    starts (T, N) bool: obs[t] begins an episode. Returns the length L of the rows, and the place
-    l * N + row of each step in them, (T * N,) int64.
+    begins (T, N) bool: obs[t] begins an episode, as obs[0] does everywhere. Returns the position
+    step * N + row of each step, (T * N,) int64. The rows are as long as `packed_length` says.
     """
-    T, N = starts.shape
-    begins_or_goes_on = starts.T | (np.arange(T) == 0)
-    first = np.flatnonzero(begins_or_goes_on)  # steps of each episode, env after env
-    length = np.diff(np.append(first, T * N))
-    longest_first = np.argsort(-length, kind="stable")
-    rows = [(0, row) for row in range(N)]  # a heap: steps taken, row
-    begin = np.zeros(len(length), np.int64)
-    row_of = np.zeros(len(length), np.int64)
-    for episode in longest_first.tolist():  # each into the shortest row so far
-        steps, row = rows[0]
-        begin[episode] = steps
-        row_of[episode] = row
-        heapq.heapreplace(rows, (steps + int(length[episode]) + 1, row))
-    step_in_episode = np.arange(T * N) - first.repeat(length)
-    position = (begin.repeat(length) + step_in_episode) * N + row_of.repeat(length)
-    return max(rows)[0] - 1, position.reshape(N, T).T.ravel()
+    T, N = begins.shape
+    gaps_before = begins.long().cumsum(0) - 1
+    step = torch.arange(T, device=begins.device)[:, None] + gaps_before
+    row = torch.arange(N, device=begins.device)
+    return (step * N + row).flatten()
+
+
+def packed_length(begins: np.ndarray, multiple: int) -> int:
+    """Of the rows of `pack_episodes`, begins (T, N) bool, rounded up to a multiple."""
+    length = len(begins) + int(begins.sum(axis=0).max()) - 1
+    return math.ceil(length / multiple) * multiple
 
 
 class Agent(nn.Module):
@@ -202,6 +197,7 @@ class Agent(nn.Module):
         self.lstm.weight_ih_l0.data[: 2 * 256, -1] = -1e4
         self.actor = head(int(envs.single_action_space.n), std=0.01)
         self.critic = head(1, std=1.0)
+        self.step_weights: list[Tensor] = []
 
     def conv_matrix(self) -> tuple[Tensor, Tensor]:
         """The convolution of pixels / 10 as a matrix product, faster for so few pixels: weight
@@ -213,8 +209,8 @@ class Agent(nn.Module):
         return weight, self.conv.bias.repeat_interleave((h - 2) * (w - 2))
 
     @torch.no_grad()
-    def step_weights(self) -> list[Tensor]:
-        """What `act` multiplies by, made once per rollout: weight and bias of the convolution, of
+    def prepare_to_act(self) -> None:
+        """Makes what `act` multiplies by, once per rollout: weight and bias of the convolution, of
         the LSTM (gates i, f, o, g), of the heads' first and of their second layer."""
         conv, conv_bias = self.conv_matrix()
         inputs = conv.shape[1] + 5
@@ -231,17 +227,22 @@ class Agent(nn.Module):
         first_bias = torch.cat((actor[0].bias, critic[0].bias))
         second = torch.block_diag(actor[2].weight, critic[2].weight).t().contiguous()
         second_bias = torch.cat((actor[2].bias, critic[2].bias))
-        return [*weights, first, first_bias, second, second_bias]
+        weights += [first, first_bias, second, second_bias]
+        if not self.step_weights:
+            self.step_weights = weights
+        for fixed, x in zip(self.step_weights, weights):
+            fixed.copy_(x)
 
     @torch.no_grad()
     def act(
-        self, obs: Obs, state: tuple[Tensor, Tensor], weights: list[Tensor], noise: Tensor
+        self, obs: Obs, state: Tensor, noise: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, tuple[Tensor, Tensor]]:
-        """A step of N environments. state: h and c (N, 256); noise (N, actions) of Exp(1).
+        """A step of N environments. state (2, N, 256): h and c; noise (N, actions) of Exp(1).
 
-        Returns action (N,), value (N,), logits (N, actions) that are not normalised, and state.
+        Returns action (N,), value (N,), normalised logits (N, actions) and the next h and c.
         """
-        conv, conv_bias, lstm, lstm_bias, first, first_bias, second, second_bias = weights
+        conv, conv_bias, lstm, lstm_bias, *heads = self.step_weights
+        first, first_bias, second, second_bias = heads
         h, c = state
         with torch.autocast(conv.device.type, torch.bfloat16, enabled=self.bf16):
             x = torch.relu(torch.addmm(conv_bias, obs["image"].flatten(1).float(), conv))
@@ -253,15 +254,17 @@ class Agent(nn.Module):
         h = o * torch.tanh(c)
         hidden = torch.tanh(torch.addmm(first_bias, h, first))
         out = torch.addmm(second_bias, hidden, second)
-        logits = out[:, :-1]
+        logits = out[:, :-1].log_softmax(-1)
         # Exponential race (Gumbel-max without logarithms): argmax p / E is a sample of p
         action = (logits.exp() / noise).argmax(-1)
         return action, out[:, -1], logits, (h, c)
 
-    def unroll(self, image: Tensor, direction: Tensor, length: int, position: Tensor) -> Tensor:
-        """A whole rollout, to learn: image (T, N, 5, 5, 3), direction (T, N), the length of the
-        rows and the position of each step as `pack_episodes` gives them -> the LSTM's outputs
-        (length * N, 256)."""
+    def evaluate_actions(
+        self, image: Tensor, direction: Tensor, begins: Tensor, length: int, action: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """A whole rollout, to learn from: image (T, N, 5, 5, 3), direction, begins and action
+        (T, N), and the `packed_length` -> log-probability, entropy and value (T, N)."""
+        position = pack_episodes(begins)
         conv, conv_bias = self.conv_matrix()
         # bf16 on CPUs only: a GPU's autocast runs LSTMs in float16, which is too coarse
         with torch.autocast("cpu", torch.bfloat16, enabled=self.bf16 and not image.is_cuda):
@@ -270,19 +273,14 @@ class Agent(nn.Module):
             x = torch.cat((x, self.direction(direction.flatten()).to(x.dtype)), dim=1)
             x = nn.functional.pad(x, (0, self.lstm.input_size - x.shape[1]))
             gap = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)[-1]
-            rows = gap.repeat(length * image.shape[1], 1).index_copy_(0, position, x)
-            outputs, _ = self.lstm(rows.view(length, -1, len(gap)))
-            return outputs.flatten(0, 1).float()
-
-    def evaluate_actions(
-        self, hidden: Tensor, position: Tensor, action: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """hidden (P, 256) from `unroll`, position and action (B,) -> log-probability, entropy and
-        value (B,)."""
+            packed = gap.repeat(length * image.shape[1], 1).index_copy_(0, position, x)
+            hidden, _ = self.lstm(packed.view(length, -1, len(gap)))
+        hidden = hidden.flatten(0, 1).float()
         logits = self.actor(hidden).index_select(0, position).log_softmax(-1)
-        logprob = logits.gather(-1, action[:, None]).squeeze(-1)
+        logits = logits.view(*action.shape, -1)
+        logprob = logits.gather(-1, action[..., None]).squeeze(-1)
         entropy = -(logits.exp() * logits).sum(-1)
-        value = self.critic(hidden).squeeze(-1).index_select(0, position)
+        value = self.critic(hidden).squeeze(-1).index_select(0, position).view(action.shape)
         return logprob, entropy, value
 
 
@@ -291,8 +289,8 @@ def ppo_loss(
     args: Args,
     mb_images: Tensor,
     mb_directions: Tensor,
+    mb_begins: Tensor,
     length: int,
-    position: Tensor,
     mb_actions: Tensor,
     mb_logprobs: Tensor,
     mb_advantages: Tensor,
@@ -300,10 +298,11 @@ def ppo_loss(
     mb_values: Tensor,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss of a minibatch of whole environments, or of this process's part of it: mb_images
-    (T, M, 5, 5, 3), mb_directions (T, M), length and position as `pack_episodes` gives them, the
-    others (T * M,), the advantages normalised. Returns the loss, and what is logged of it."""
-    hidden = agent.unroll(mb_images, mb_directions, length, position)
-    newlogprob, entropy, newvalue = agent.evaluate_actions(hidden, position, mb_actions)
+    (T, M, 5, 5, 3), the others (T, M), the advantages normalised; length: `packed_length`.
+    Returns the loss, and what is logged of it."""
+    newlogprob, entropy, newvalue = agent.evaluate_actions(
+        mb_images, mb_directions, mb_begins, length, mb_actions
+    )
     logratio = newlogprob - mb_logprobs
     ratio = logratio.exp()
 
@@ -348,24 +347,23 @@ def train(args: Args, run: "Run") -> None:
 
     envs = make_envs(args, n, device)
     agent = Agent(envs, args.precision).to(device)
-    agent_act = torch.compile(agent.act) if args.compile else agent.act
+    decide = maybe_compile(agent.act, args)
     optimizer = make_optimizer(agent, args, device)
     sampler = make_sampler(args)
 
     # ---- storage on the device: this process's environments ----
     num_actions = int(envs.single_action_space.n)
-    image_shape = envs.single_observation_space["image"].shape
-    images = torch.zeros((T, n, *image_shape), dtype=torch.uint8, device=device)
+    next_obs, _ = envs.reset(seed=0)  # every later observation is copied to these tensors
+    images = torch.zeros((T, *next_obs["image"].shape), dtype=torch.uint8, device=device)
     directions = torch.zeros((T, n), dtype=torch.int64, device=device)
+    begins = torch.zeros((T, n), dtype=torch.bool, device=device)  # images[t] begins an episode
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
-    logits = torch.zeros((T, n, num_actions), device=device)  # not normalised
+    logits = torch.zeros((T, n, num_actions), device=device)  # normalised: log-probabilities
     logprobs = torch.zeros((T, n), device=device)
     values = torch.zeros((T + 1, n), device=device)  # values[T]: of what follows the rollout
     noise = torch.zeros((N, num_actions), device=device)  # the same in every process
-    next_obs = {"image": torch.zeros_like(images[0]), "direction": torch.zeros_like(directions[0])}
-    next_begins = torch.ones((n, 1), dtype=torch.bool, device=device)  # next_obs begins an episode
+    next_begins = torch.ones(n, dtype=torch.bool, device=device)
     lstm_state = torch.zeros((2, n, 256), device=device)  # h and c
-    step_weights = agent.step_weights()
     outcome = torch.zeros((3, n), device=device)  # of a step: reward, terminated, truncated
     step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
 
@@ -377,44 +375,45 @@ def train(args: Args, run: "Run") -> None:
     run.storage = {"images": images, "directions": directions, "actions": actions}
     run.storage |= {"logits": logits, "values": values, "rewards": rewards, "levels": levels}
 
+    # the package's environments do not step on the device
+    @functools.partial(CudaGraph, enabled=run.graphs and args.env_id == "maze")
     def act_and_step() -> None:
         """A step of the policy and of the environments, which goes into the storage."""
         noise.exponential_()
-        state = lstm_state * ~next_begins
-        action, value, logit, state = agent_act(next_obs, state, step_weights, noise[own])
-        step_of = ((images, next_obs["image"]), (directions, next_obs["direction"]))
-        for storage, x in (*step_of, (actions, action), (logits, logit), (values, value)):
+        state = lstm_state * ~next_begins[:, None]
+        action, value, logit, state = decide(next_obs, state, noise[own])
+        seen = ((images, next_obs["image"]), (directions, next_obs["direction"]))
+        decided = ((actions, action), (logits, logit), (values, value))
+        for storage, x in (*seen, (begins, next_begins), *decided):
             storage.index_copy_(0, step_on_device, x[None])
         step_on_device.add_(1)
         phase("environment")
         obs, reward, terminations, truncations, _ = envs.step(action)
-        set_next_obs(obs)
-        next_begins.copy_((terminations | truncations)[:, None])
+        overwrite(next_obs, obs)
+        torch.logical_or(terminations, truncations, out=next_begins)
         torch.stack(state, out=lstm_state)
         torch.stack((reward, terminations.float(), truncations.float()), out=outcome)
 
-    def set_next_obs(obs: Obs) -> None:
-        next_obs["image"].copy_(obs["image"])
-        next_obs["direction"].copy_(obs["direction"])
-
+    @functools.partial(CudaGraph, enabled=run.graphs)
     def next_value() -> Tensor:
         """(n,) the critic's value of next_obs, in the episode so far."""
-        return agent_act(next_obs, lstm_state, step_weights, noise[own])[1]
+        return decide(next_obs, lstm_state, noise[own])[1]
 
     # ---- b_targets: advantages, returns and values of all environments ----
     b_targets = torch.zeros((3, T, N), device=device)
     losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
 
-    def learn(mb_envs: Tensor, length: int, position: Tensor) -> Tensor:
+    @functools.partial(CudaGraph, enabled=run.graphs and WORLD == 1)  # without communication
+    @deterministic_gradients(args)
+    def learn(mb_envs: Tensor, *, length: int) -> Tensor:
         """A step of the optimizer, from the rollouts of the environments mb_envs; approx_kl."""
         mb_advantages, mb_returns, mb_values = b_targets[:, :, mb_envs]
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
         mine, mb_inds = part_of_minibatch(mb_envs, n)
-        minibatch = (actions[:, mb_inds], logprobs[:, mb_inds])
+        seen = (images[:, mb_inds], directions[:, mb_inds], begins[:, mb_inds], length)
+        decided = (actions[:, mb_inds], logprobs[:, mb_inds])
         targets = (mb_advantages[:, mine], mb_returns[:, mine], mb_values[:, mine])
-        packed = (images[:, mb_inds], directions[:, mb_inds], length, position)
-        flat = [x.reshape(-1) for x in (*minibatch, *targets)]
-        loss, parts = ppo_loss(agent, args, *packed, *flat)
+        loss, parts = ppo_loss(agent, args, *seen, *decided, *targets)
         optimizer.zero_grad()
         loss.backward()
         all_reduce_gradients(agent)
@@ -430,7 +429,6 @@ def train(args: Args, run: "Run") -> None:
     run.restore(envs, own)
 
     for iteration in run.iterations(envs):
-        # Annealing the rate if instructed to do so.
         if args.anneal_lr:
             frac = 1.0 - (iteration - 1.0) / args.num_iterations
             optimizer.param_groups[0]["lr"].fill_(frac * args.learning_rate)
@@ -442,10 +440,10 @@ def train(args: Args, run: "Run") -> None:
         next_done = np.ones(N, bool)
         sampler.drop(next_done)  # the episodes that the last rollout cut off
         next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
-        set_next_obs(envs.reset(seed=next_levels[own].tolist())[0])
+        obs, _ = envs.reset(seed=next_levels[own].tolist())
+        overwrite(next_obs, obs)
         next_begins.fill_(True)
-        for fixed, x in zip(step_weights, agent.step_weights()):
-            fixed.copy_(x)
+        agent.prepare_to_act()
         step_on_device.zero_()
         for step in range(0, args.num_steps):
             phase("inference")
@@ -466,22 +464,20 @@ def train(args: Args, run: "Run") -> None:
                 next_levels = sampler.next_levels(next_done, replay, again)
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
-                set_next_obs(envs.reset(seed=next_levels[own].tolist(), options=options)[0])
+                obs, _ = envs.reset(seed=next_levels[own].tolist(), options=options)
+                overwrite(next_obs, obs)
 
         # ---- advantages (GAE), of all environments ----
         phase("rest")
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
         finished = finished_episodes(rewards, ended)
         sampler.record_returns(levels[ended], finished["return"])  # for max_mc
-        logprobs_all = logits.log_softmax(-1)  # (T, n, actions)
-        logprobs.copy_(logprobs_all.gather(-1, actions[..., None]).squeeze(-1))
-        # bootstrap value if not done, and if asked to
-        values[T] = next_value() if args.bootstrap_timeouts else 0.0
+        logprobs.copy_(logits.gather(-1, actions[..., None]).squeeze(-1))
+        values[T] = next_value() if args.bootstrap_timeouts else 0.0  # bootstrap value if not done
         all_values = to_numpy(values)
-        nextvalues = all_values[1:]
         b_values = all_values[:-1]
         nextnonterminal = 1.0 - ended.astype(np.float32)
-        nextvalues = final_values + nextvalues * nextnonterminal
+        nextvalues = all_values[1:] * nextnonterminal + final_values
         deltas = rewards + args.gamma * nextvalues - b_values
         advantages = np.zeros_like(deltas)
         lastgaelam = np.zeros(N, np.float32)
@@ -504,12 +500,11 @@ def train(args: Args, run: "Run") -> None:
         elif args.score == "one_step_td_error":
             step_scores = np.abs(deltas)
         elif args.score == "policy_entropy":
-            entropies = -(logprobs_all.exp() * logprobs_all).sum(-1)
-            step_scores = to_numpy(entropies / math.log(num_actions))
+            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
         elif args.score == "least_confidence":
-            step_scores = to_numpy(1 - logprobs_all.exp().amax(-1))
+            step_scores = to_numpy(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
-            step_scores = to_numpy(1 + logprobs_all.exp().topk(2).values.diff(dim=-1).squeeze(-1))
+            step_scores = to_numpy(1 + logits.exp().topk(2).values.diff(dim=-1).squeeze(-1))
         score_tails = args.bootstrap_timeouts and args.score != "max_mc"
         phase("sampler")
         sampler.update(levels, step_scores, ended, score_tails=score_tails)
@@ -523,9 +518,8 @@ def train(args: Args, run: "Run") -> None:
         learns = replay or args.curriculum != "robust_plr"
         for epoch in range(args.update_epochs if learns else 0):
             for mb_envs in deal_environments(N, args.num_minibatches):
-                _, mb_inds = part_of_minibatch(mb_envs, n)
-                length, position = pack_episodes(dones[:, own][:, mb_inds])
-                approx_kl = learn(mb_envs.to(device), length, torch.from_numpy(position).to(device))
+                length = packed_length(dones[:, mb_envs], 32 if run.graphs else 1)
+                approx_kl = learn(mb_envs.to(device), length=length)
                 updates += 1
             if args.target_kl is not None and gather(approx_kl[None]).sum() > args.target_kl:
                 break
@@ -534,9 +528,8 @@ def train(args: Args, run: "Run") -> None:
 
         # ---- log, evaluate, save ----
         mean_losses = run.mean_losses(losses, updates)
-        curriculum = level_metrics(args, sampler, levels[dones], replay)
         row = log_row(run, mean_losses, finished, sampler, returns, b_values)
-        run.log_iteration(row | curriculum)
+        run.log_iteration(row | level_metrics(args, sampler, levels[dones], replay))
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
             run.log_pictures(level_pictures(args, sampler, iteration))
@@ -583,6 +576,12 @@ def part_of_minibatch(mb_envs: Tensor, n: int) -> tuple[Any, Tensor]:
         return slice(None), mb_envs
     mine = mb_envs // n == RANK
     return mine, mb_envs[mine] - RANK * n
+
+
+def overwrite(fixed: Obs, obs: Obs) -> None:
+    """Copies an observation to where a CUDA graph reads it; nothing to do if it is there."""
+    for key, x in obs.items():
+        fixed[key].copy_(x)
 
 
 def finished_episodes(rewards: np.ndarray, ended: np.ndarray) -> dict[str, np.ndarray]:
@@ -645,10 +644,10 @@ def level_metrics(
     }
     if args.env_id != "maze":
         return metrics
-    # What the mazes of the first 1024 episodes are like: walls, cells from the agent to the goal
+    # What the mazes of the first 256 episodes are like: walls, cells from the agent to the goal
     # where there is a path, share with a path. New ones count once, replayed ones as often as they
     # were drawn; the columns of the other kind are nan.
-    played, counts = np.unique(levels[:1024], return_counts=True)
+    played, counts = np.unique(levels[:256], return_counts=True)
     if not replay:
         counts = np.ones_like(counts)
     mazes = random_mazes(played, args.maze_size, args.num_walls, args.vary_num_walls)
@@ -887,11 +886,11 @@ def maze_step(
     moved: Tensor,
     view: Tensor,
 ) -> tuple[Tensor, ...]:
-    """A step of N mazes, see MazeEnvs: as a function of tensors, which torch.compile takes whole."""
+    """A step of N mazes, see MazeEnvs: a function of tensors, which torch.compile takes whole."""
     what = torch.add(actions, direction, alpha=7)
     direction = turned.take(what)
     wanted = position + moved.take(what)
-    found = cells.take(wanted)  # an agent that stays finds its own cell: empty, or the goal it's at
+    found = cells.take(wanted)  # an agent that stays finds its own cell: empty, or the goal
     position = torch.where(found == WALL, position, wanted)
     terminated = found == GOAL
     steps = steps + 1
@@ -906,7 +905,7 @@ class MazeEnvs(gym.vector.VectorEnv):
 
     Equal to MiniGridEnvs with agent_view_size=5 and see_through_walls=True. `reset` starts seed[i],
     or options["mazes"][i], in environment i where options["reset_mask"][i]. actions (N,) int64,
-    rewards (N,) float32.
+    rewards (N,) float32. Observations are overwritten by the next reset or step.
     """
 
     def __init__(
@@ -918,6 +917,7 @@ class MazeEnvs(gym.vector.VectorEnv):
         num_walls: int = 25,
         vary_num_walls: bool = False,
         compile: bool = False,
+        cuda_graphs: bool = False,
     ):
         self.num_envs = num_envs
         self.device = device
@@ -954,7 +954,17 @@ class MazeEnvs(gym.vector.VectorEnv):
         self.generate = functools.partial(
             random_mazes, size=size, num_walls=num_walls, vary=vary_num_walls
         )
-        self.level_cache: dict[int, tuple[Tensor, ...]] = {}  # starts, 8192 and this reset's
+        # starts of levels, and in which row of these tables a level's is
+        rows = max(8192, num_envs)
+        self.start_cells = torch.empty((rows, self.width**2), dtype=torch.int32, device=device)
+        self.start_position = torch.empty(rows, dtype=torch.int64, device=device)
+        self.start_direction = torch.empty(rows, dtype=torch.int64, device=device)
+        self.row_of_level: dict[int, int] = {}
+        self.cuda_graphs = cuda_graphs
+        self._begin = CudaGraph(self._begin, enabled=cuda_graphs)
+        # the observation, which each reset and step overwrites
+        self.image = torch.zeros((num_envs, VIEW, VIEW, 3), dtype=torch.uint8, device=device)
+        self.obs = {"image": self.image, "direction": self.direction}
 
     @staticmethod
     def view_cells(ahead: list[int], d: int) -> list[int]:
@@ -978,41 +988,55 @@ class MazeEnvs(gym.vector.VectorEnv):
         cells = cells.reshape(len(rows), self.width**2)
         return torch.from_numpy(cells), torch.from_numpy(agent), torch.from_numpy(mazes.direction)
 
-    def level_starts(self, levels: list[int]) -> tuple[Tensor, ...]:
-        """What `encode` gives, from the cache."""
-        new = [level for level in dict.fromkeys(levels) if level not in self.level_cache]
-        if len(self.level_cache) + len(new) > 8192:
-            self.level_cache = {}
+    def _store(self, first_row: int, mazes: Mazes) -> None:
+        rows = slice(first_row, first_row + len(mazes.walls))
+        cells, position, direction = self.encode(mazes)
+        self.start_cells[rows] = cells.to(self.device)
+        self.start_position[rows] = position.to(self.device)
+        self.start_direction[rows] = direction.to(self.device)
+
+    def _rows_of(self, levels: list[int]) -> list[int]:
+        """Where the starts of these levels are in the tables; makes those that are not there."""
+        new = [level for level in dict.fromkeys(levels) if level not in self.row_of_level]
+        if len(self.row_of_level) + len(new) > len(self.start_cells):
+            self.row_of_level = {}
             new = list(dict.fromkeys(levels))
         if new:
-            starts = zip(*self.encode(self.generate(np.array(new))))
-            for level, start in zip(new, starts):
-                self.level_cache[level] = start
-        starts = [self.level_cache[level] for level in levels]
-        return tuple(torch.stack(part) for part in zip(*starts))
+            first_row = len(self.row_of_level)
+            self._store(first_row, self.generate(np.array(new)))
+            self.row_of_level |= zip(new, range(first_row, first_row + len(new)))
+        return [self.row_of_level[level] for level in levels]
+
+    def _begin(self, rows: Tensor) -> None:
+        """Starts what is in row rows[i] of the tables in environment i, nothing where that is -1:
+        (N,) int64. Work of a fixed shape, as a CUDA graph wants it."""
+        begins = rows >= 0
+        rows = rows.clamp(min=0)
+        position = self.start_position[rows] + self.first_cells
+        cells = torch.where(begins[:, None], self.start_cells[rows], self.cells)
+        self.cells.copy_(cells)
+        self.position.copy_(torch.where(begins, position, self.position))
+        self.direction.copy_(torch.where(begins, self.start_direction[rows], self.direction))
+        self.steps.mul_(~begins)
+        self.image.copy_(maze_view(self.cells, self.position, self.direction, self.view))
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         options = options or {}
         mask = options.get("reset_mask", np.ones(self.num_envs, bool))
-        rows = np.flatnonzero(mask)
+        rows = np.full(self.num_envs, -1)
         if "mazes" in options:
-            start = self.encode(Mazes(*[part[rows] for part in options["mazes"]]))
+            self.row_of_level = {}
+            self._store(0, Mazes(*[part[mask] for part in options["mazes"]]))
+            rows[mask] = np.arange(np.count_nonzero(mask))
         else:
             if seed is None:
                 seed = self.np_random.integers(FIRST_TEST_LEVEL)
             levels = np.asarray(seed)
             if levels.ndim == 0:
                 levels = levels + np.arange(self.num_envs)
-            start = self.level_starts(levels[rows].tolist())
-        if len(rows):
-            cells, position, direction = (x.to(self.device) for x in start)
-            rows = torch.from_numpy(rows).to(self.device)
-            self.cells[rows] = cells
-            self.position[rows] = position + self.first_cells[rows]
-            self.direction[rows] = direction
-            self.steps[rows] = 0
-        image = maze_view(self.cells, self.position, self.direction, self.view)
-        return {"image": image, "direction": self.direction.clone()}, {}
+            rows[mask] = self._rows_of(levels[mask].tolist())
+        self._begin(torch.from_numpy(rows).to(self.device))
+        return self.obs, {}
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
         image, position, direction, steps, *results = self.maze_step(
@@ -1026,10 +1050,11 @@ class MazeEnvs(gym.vector.VectorEnv):
             self.moved,
             self.view,
         )
+        self.image.copy_(image)
         self.position.copy_(position)
         self.direction.copy_(direction)
         self.steps.copy_(steps)
-        return {"image": image, "direction": direction}, *results, {}
+        return self.obs, *results, {}
 
     def frame(self) -> np.ndarray:
         """(H, W, 3) uint8: the first environment as the package draws it."""
@@ -1086,6 +1111,7 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
         args.num_walls,
         args.vary_num_walls,
         args.compile,
+        args.cuda_graphs and device.type == "cuda",
     )
 
 
@@ -1103,24 +1129,35 @@ def play(
     """Plays one episode in each environment to its end with the stochastic policy: returns (N,)
     float64. reset: what starts the episodes (again, uncounted, where done). film: a list for the
     first one's frames."""
-    obs, _ = envs.reset(**reset)
-    device = obs["direction"].device
+    next_obs, _ = envs.reset(**reset)
+    device = next_obs["direction"].device
     state = torch.zeros((2, envs.num_envs, 256), device=device)
     noise = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=device)
-    weights = agent.step_weights()
+    outcome = torch.zeros((2, envs.num_envs), device=device)  # of a step: reward, done
+
+    def act_and_step() -> None:
+        action, _, _, next_state = agent.act(next_obs, state, noise.exponential_())
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        overwrite(next_obs, obs)
+        torch.stack(next_state, out=state)
+        torch.stack((reward, (terminations | truncations).float()), out=outcome)
+
+    act_and_step = CudaGraph(act_and_step, enabled=isinstance(envs, MazeEnvs) and envs.cuda_graphs)
+    agent.prepare_to_act()
     playing = np.ones(envs.num_envs, bool)
     returns = np.zeros(envs.num_envs)
     while playing.any():
-        action, _, _, state = agent.act(obs, state, weights, noise.exponential_())
-        obs, reward, terminations, truncations, _ = envs.step(action)
+        act_and_step()
+        reward, done = outcome.cpu().numpy()
         if film is not None and playing[0]:
             film.append(Image.fromarray(envs.frame()))
-        returns += reward.cpu().numpy() * playing
-        done = (terminations | truncations).cpu().numpy()
+        returns += reward * playing
+        done = done > 0
         playing &= ~done
         if done.any():
             options = reset.get("options", {}) | {"reset_mask": done}
             obs, _ = envs.reset(**reset | {"options": options})
+            overwrite(next_obs, obs)
     return returns
 
 
@@ -1141,7 +1178,9 @@ def evaluation_environments(
         else:
             mazes = concatenate([named_maze(name, k) for k in range(n)])
         size = mazes.walls.shape[1] + 2
-        yield name, MazeEnvs(n, device, size, 2 * size**2), {"options": {"mazes": mazes}}
+        graphs = args.cuda_graphs and device.type == "cuda"
+        envs = MazeEnvs(n, device, size, max_steps=2 * size**2, cuda_graphs=graphs)
+        yield name, envs, {"options": {"mazes": mazes}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
         envs = make_minigrid(f"MiniGrid-{name}-v0", n, device, agent_view_size=VIEW)
         yield name, envs, levels
@@ -1269,6 +1308,7 @@ FREE_ON_RESUME = (
     "capture_video",
     "track",
     "profile",
+    "cuda_graphs",
     "env_threads",
     "resume",
     "evaluate",
@@ -1293,6 +1333,7 @@ class Run:
         self.totals: dict[str, int] = {}
         self.writer = start_writer(args, directory, checkpoint) if RANK == 0 else None
         self.device = choose_device(args)
+        self.graphs = args.cuda_graphs and self.device.type == "cuda"
         self.profile = Profile(args.profile, self.device)
         self.iteration = 0
         self.train_seconds = 0.0  # of rollouts and updates
@@ -1500,6 +1541,55 @@ class Run:
         return envs.set_state(states[own])
 
 
+class CudaGraph:
+    """function(*tensors, **constants) -> tensors, recorded on a GPU and replayed as one launch.
+
+    Launching a kernel from Python takes longer than most of these kernels run. The first two calls
+    are plain ones, whose work counts; the third is recorded; from then on its kernels run again,
+    on what the tensors hold by then. So the function must do the same to the same memory each time
+    and never wait for the device. Its outputs are overwritten by the next call. Each combination
+    of constants is recorded on its own. Not enabled, it is the function.
+    """
+
+    def __init__(self, function: Callable[..., Any], enabled: bool):
+        self.function = function
+        self.enabled = enabled
+        self.calls: Counter[tuple] = Counter()  # by constants
+        self.recorded: dict[tuple, tuple] = {}  # graph, fixed inputs, outputs
+
+    def __call__(self, *inputs: Tensor, **constants: Any) -> Any:
+        if not self.enabled:
+            return self.function(*inputs, **constants)
+        key = tuple(constants.values())
+        self.calls[key] += 1
+        if self.calls[key] <= 2:
+            return self._run_aside(inputs, constants)
+        if key not in self.recorded:
+            self.recorded[key] = self._record(inputs, constants)
+        graph, fixed_inputs, outputs = self.recorded[key]
+        for fixed, x in zip(fixed_inputs, inputs):
+            fixed.copy_(x, non_blocking=True)
+        graph.replay()
+        return outputs
+
+    def _run_aside(self, inputs: tuple, constants: dict) -> Any:
+        """A plain call on another stream, as capturing wants it of what warms up."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            outputs = self.function(*inputs, **constants)
+        torch.cuda.current_stream().wait_stream(stream)
+        return outputs
+
+    def _record(self, inputs: tuple, constants: dict) -> tuple:
+        fixed_inputs = [x.clone() for x in inputs]
+        graph = torch.cuda.CUDAGraph()
+        # other threads, TensorBoard's among them, may do as they like meanwhile
+        with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+            outputs = self.function(*fixed_inputs, **constants)
+        return graph, fixed_inputs, outputs
+
+
 class Profile:
     """With --profile: seconds by phase, and a trace of the last iteration.
 
@@ -1531,6 +1621,8 @@ class Profile:
         if not self.running:
             return
         if self.device.type == "cuda":
+            if torch.cuda.is_current_stream_capturing():
+                return  # what is recorded as one graph is one phase
             torch.cuda.synchronize()
         now = time.perf_counter()
         if self.name:
@@ -1670,9 +1762,6 @@ def choose_device(args: Args) -> torch.device:
     torch.backends.cuda.matmul.allow_tf32 = args.precision != "fp32"
     torch.backends.cudnn.allow_tf32 = args.precision != "fp32"
     cuda = args.cuda and torch.cuda.is_available()
-    if args.torch_deterministic and args.compile and cuda:
-        # else compiled max pooling would add gradients in any order
-        torch.use_deterministic_algorithms(True, warn_only=True)
     if WORLD > 1:
         join_processes("cpu:gloo,cuda:nccl" if cuda else "gloo")
     if cuda:
@@ -1690,6 +1779,20 @@ def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
     return f"{torch.get_num_threads()} CPU threads"
+
+
+def maybe_compile(function: Callable[..., Any], args: Args) -> Callable[..., Any]:
+    return torch.compile(function) if args.compile else function
+
+
+@contextlib.contextmanager
+def deterministic_gradients(args: Args) -> Iterator[None]:
+    """Compiled max pooling would add gradients in any order. Only where it matters, since it makes
+    other operations slower."""
+    wanted = args.compile and args.torch_deterministic
+    torch.use_deterministic_algorithms(wanted, warn_only=True)
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:
