@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import gae_as_a_sum
 
-from plr_sampler import TRANSFORMS, LevelSampler
+from plr_sampler import TRANSFORMS, LevelSampler, StepScorer
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "level_sampler_golden.json").read_text())
 SETTINGS = ("score_transform", "temperature", "eps", "staleness_coef", "staleness_transform", "staleness_temperature")
@@ -498,10 +498,10 @@ STEP_SCORES = {  # of (advantages, TD errors, R_max - V)
 }
 
 
-def steps_of(s, levels, values, next_values, rewards, dones, **options):
+def steps_of(scorer, levels, values, next_values, rewards, dones):
     """Feeds rows (T, N) one by one; the records of all episodes that ended."""
     rows = zip(*(np.asarray(x) for x in (levels, values, next_values, rewards, dones)))
-    return np.concatenate([s.step(*row, **{**GAE, **options}) for row in rows]).view(np.recarray)
+    return np.concatenate([scorer.step(*row) for row in rows]).view(np.recarray)
 
 
 def test_a_six_step_episode_by_hand():  # (R4)
@@ -512,12 +512,12 @@ def test_a_six_step_episode_by_hand():  # (R4)
     rewards = np.array([[0, 9], [1, 9], [0, 9], [-1, 9], [1, 9], [3, 9]], np.float32)
     # TD errors with gamma = 1/2: 0, -1, 2, -4, 0, 1; advantages with gamma * lambda = 1/4, from the end:
     # 1, 0.25, -3.9375, 1.015625, -0.74609375, -0.1865234375
-    options = {"gamma": 0.5, "gae_lambda": 0.5}
-    (episode,) = steps_of(s, levels, values, next_values, rewards, dones, **options)
+    scorer = StepScorer(s, gamma=0.5, gae_lambda=0.5)
+    (episode,) = steps_of(scorer, levels, values, next_values, rewards, dones)
     mean = (1 + 0.25 + 3.9375 + 1.015625 + 0.74609375 + 0.1865234375) / 6
     assert episode.tolist() == (0, 2, 6, pytest.approx(mean), pytest.approx(3.9375), True, 4)
     assert s.scores[2] == pytest.approx(mean) and s.seen.tolist() == [False, False, True] and s.best_returns([2]) == 4
-    (episode,) = s.step([2, 1], [0, 0], [0, 7], [0, 0], [0, 1], **options)  # truncated: its own next value counts
+    (episode,) = scorer.step([2, 1], [0, 0], [0, 7], [0, 0], [0, 1])  # truncated: its own next value counts
     assert episode.tolist()[:3] == (1, 1, 7) and episode.total_reward == 54
     last = 0.5 * 7  # and the six before have TD error 9 each: advantages 12 - 3 / 4 ** k + 3.5 / 4 ** k, k steps left
     want = [last, *(12 * (1 - 0.25**k) + last * 0.25**k for k in range(1, 7))]
@@ -549,37 +549,42 @@ def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, sa
             regrets[played, i] = whole.best_returns(levels[t, i]) - values[played, i]
             total[i] = 0
     want = whole.update(levels, STEP_SCORES[score](advantages, deltas, regrets), dones)
-    got = []
+    got, scorer = [], StepScorer(online, **GAE, score=STEP_SCORES[score])
     for t in range(steps):
         if t in saves:
-            state, online = through_torch(online.state_dict()), fixed(2 * envs, envs, alpha=0.7, seed=7)
+            state, open_episodes = through_torch(online.state_dict()), through_torch(scorer.state_dict())
+            online = fixed(2 * envs, envs, alpha=0.7, seed=7)
             online.load_state_dict(state)
-        row = levels[t], values[t], next_values[t], rewards[t], dones[t]
-        got += online.step(*row, **GAE, score=STEP_SCORES[score]).tolist()
+            scorer = StepScorer(online, **GAE, score=STEP_SCORES[score])
+            scorer.load_state_dict(open_episodes)
+        got += scorer.step(levels[t], values[t], next_values[t], rewards[t], dones[t]).tolist()
     assert all(a[:3] == b[:3] for a, b in zip(sorted(got, key=lambda x: x[0]), want.tolist(), strict=True))
     numbers = [[episode[3:5] for episode in x] for x in (sorted(got, key=lambda x: x[0]), want.tolist())]
     np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6)
     np.testing.assert_allclose(online.scores, whole.scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose(online.best_return, whole.best_return)
     assert sum(episode[6] for episode in got) == pytest.approx(rewards.sum()) and "open" not in online.state_dict()
+    assert len(scorer.state_dict()["steps"]) == 0  # nothing is left of episodes that have ended
 
 
 def test_steps_are_value_l1_unless_told_otherwise():
     a, b = fixed(), fixed()
     row = [0], [1.0], [0.0], [0.3], [True]
-    assert a.step(*row, **GAE).tolist() == b.step(*row, **GAE, score=STEP_SCORES["value_l1"]).tolist()
+    told = StepScorer(b, **GAE, score=STEP_SCORES["value_l1"])
+    assert StepScorer(a, **GAE).step(*row).tolist() == told.step(*row).tolist()
     assert a.scores[0] == pytest.approx(0.7)
 
 
 def test_new_levels_enter_the_buffer_step_by_step():
     s = buffer(4, 3, nu=0.5, rho=0.5)
     s.next_levels(np.ones(3, bool))
-    rng = np.random.default_rng(0)
+    rng, scorer = np.random.default_rng(0), StepScorer(s, **GAE)
     for _ in range(500):
         done = rng.random(3) < 0.3
-        s.step(s.playing, *rng.random((3, 3)), done, **GAE)
+        scorer.step(s.playing, *rng.random((3, 3)), done)
         s.next_levels(done)
-        assert balanced(s) and len(s._staged) <= 3 and s._open.keys() <= {0, 1, 2}
+        assert balanced(s) and len(s._candidates) <= 3
+        assert (scorer.state_dict()["num_steps"][done] == 0).all()
     assert s.seen.all() and s.counts["evicted"] > 10 and s.counts["replayed"] > 100
     assert s.counts["late"] < 0.1 * s.counts["completed"]  # replayed in one environment, evicted because of another
 
@@ -587,10 +592,11 @@ def test_new_levels_enter_the_buffer_step_by_step():
 def test_dropped_steps_are_never_scored():  # (R10)
     s = fixed(3, 2)
     s.next_levels([True, True], levels=[0, 1])
-    s.step([0, 1], [0, 0], [0, 0], [9, 1], [0, 0], **GAE)
-    s.drop([True, False])
+    scorer = StepScorer(s, gamma=1.0, gae_lambda=1.0)
+    scorer.step([0, 1], [0, 0], [0, 0], [9, 1], [0, 0])
+    scorer.drop([True, False])  # in the sampler too
     s.next_levels([True, False], levels=[0, 0])
-    episodes = s.step([0, 1], [0, 0], [0, 0], [1, 1], [1, 1], gamma=1.0, gae_lambda=1.0)
+    episodes = scorer.step([0, 1], [0, 0], [0, 0], [1, 1], [1, 1])
     assert episodes.steps.tolist() == [1, 2] and s.scores.tolist() == [1, 1.5, 0]
     assert s.best_returns([0, 1]).tolist() == [1, 2] and balanced(s)
 
@@ -601,7 +607,7 @@ def test_dropped_new_levels_are_forgotten():  # (R11) for those who report finis
         s.next_levels([True, True])
         s.update_scores(s.playing[:1], [k])
         s.drop([False, True])
-    assert len(s._staged) == 0 and s.counts["dropped"] == 100 and s.counts["late"] == 0 and balanced(s)
+    assert len(s._candidates) == 0 and s.counts["dropped"] == 100 and s.counts["late"] == 0 and balanced(s)
 
 
 # ---- ledger ----------------------------------------------------------------------------------------------------------
@@ -801,7 +807,7 @@ def test_a_new_level_with_a_score_of_0_or_less_enters(score):  # (D8) such tails
     s = buffer(3)
     level = s.next_levels([True])[0]
     play(s, [level] * 2, [score] * 2, [0, 0])
-    assert known(s) == {level: score} and len(s.state_dict()["staged"]) == 0
+    assert known(s) == {level: score} and len(s._candidates) == 0
 
 
 @pytest.mark.parametrize("kind", ["buffer", "stitched"])
@@ -811,7 +817,8 @@ def test_memory_is_bounded_and_ids_are_unique(kind):  # (R11)
     for _ in range(1500):
         loop.rollout()
         kept = s.levels[s.levels >= 0]
-        assert len(s._staged) <= 4 and len(np.unique(kept)) == len(kept) and not set(kept.tolist()) & set(s._staged)
+        assert len(s._candidates) <= 4 and not set(kept.tolist()) & set(s._candidates)
+        assert len(np.unique(kept)) == len(kept)
     assert s.counts["new"] > 6000 and s.counts["evicted"] > 100
 
 
@@ -910,10 +917,6 @@ BAD_CALLS = {
     "update nan tail": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS)),
     "update nan tail left out": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS, score_tails=False)),
     "level changes": ("level changes", lambda s: s.update([[0, 0], [0, 1], [0, 1]], ZEROS, ZEROS)),
-    "step shape": ("shape", lambda s: s.step([2], [0], [0], [0], [0], **GAE)),
-    "step nan": ("finite", lambda s: s.step([2, 2], [0, 0], [0, math.nan], [0, 0], [0, 0], **GAE)),
-    "step unknown": ("level 7", lambda s: s.step([2, 7], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)),
-    "step level changes": ("level changes", lambda s: s.step([2, 1], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)),
     "update_scores": ("scores", lambda s: s.update_scores([0, 1], [0.5])),
     "update_scores 2-d": ("scores", lambda s: s.update_scores([[0, 1]], [[0.5, 0.5]])),
     "record_returns": ("returns", lambda s: s.record_returns([0, 1], [0.5])),
@@ -937,11 +940,34 @@ def test_bad_calls_are_named_and_change_nothing(name, stitch):
     message, call = BAD_CALLS[name]
     s = fixed(3, 2, stitch_episodes=stitch)
     s.update([[2, 2]], [[1, 1]], [[0, 0]], score_tails=False)  # leaves open tails if stitched
-    s.step([2, 2], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)  # leaves open episodes
     before = s.state_dict()
     with pytest.raises(ValueError, match=message):
         call(s)
     np.testing.assert_equal(s.state_dict(), before)
+
+
+BAD_STEPS = {
+    "shape": ("shape", lambda x: x.step([2], [0], [0], [0], [0])),
+    "nan": ("finite", lambda x: x.step([2, 2], [0, 0], [0, math.nan], [0, 0], [0, 0])),
+    "infinite": ("finite", lambda x: x.step([2, 2], [0, 0], [0, 0], [0, math.inf], [0, 0])),
+    "unknown": ("level 7", lambda x: x.step([2, 7], [0, 0], [0, 0], [0, 0], [0, 0])),
+    "level changes": ("level changes", lambda x: x.step([2, 1], [0, 0], [0, 0], [0, 0], [0, 0])),
+    "drop": ("shape", lambda x: x.drop([True])),
+    "other state": ("state", lambda x: x.load_state_dict(StepScorer(fixed(3), **GAE).state_dict())),
+    "state of the sampler": ("state", lambda x: x.load_state_dict(x.sampler.state_dict())),
+    "state cut short": ("state", lambda x: x.load_state_dict({**x.state_dict(), "steps": np.zeros((1, 3))})),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_bad_steps_are_named_and_change_nothing(name):
+    message, call = BAD_STEPS[name]
+    scorer = StepScorer(fixed(3, 2), **GAE)
+    scorer.step([2, 2], [0, 0], [0, 0], [0, 0], [0, 0])  # leaves open episodes
+    before = scorer.state_dict(), scorer.sampler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        call(scorer)
+    np.testing.assert_equal((scorer.state_dict(), scorer.sampler.state_dict()), before)
 
 
 def test_power_refuses_negative_scores():
