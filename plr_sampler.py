@@ -99,6 +99,14 @@ def transform(
     return np.full(len(w), 1 / len(w))
 
 
+def invert(cdf: ndarray, u: ndarray) -> ndarray:
+    """Inverse transform sampling: the first index where cdf (n,) exceeds u times its total.
+
+    u in [0, 1), any shape -> int64 of that shape. u * total stays below total when rounded, too.
+    """
+    return cdf.searchsorted(u * cdf[-1], side="right")
+
+
 def split_episodes(levels: ndarray, step_scores: ndarray, dones: ndarray) -> np.recarray:
     """Cuts a rollout into episodes and parts of episodes, one environment after another.
 
@@ -301,21 +309,13 @@ class LevelSampler:
     def _sample_replay(self) -> int:
         """A slot from `weights()`: by staleness with probability staleness_coef, else by score."""
         require(self.num_seen, "no level has been scored yet, so none can be replayed")
-        if self._score_cdf is None:  # scores change at updates only
-            self._score_cdf = np.cumsum(self._score_weights())
-        cdf = self._score_cdf
         if self.rng.random() < self.staleness_coef:
-            if self.staleness_transform == "power" and self._clock > self._oldest:
-                # Rejection: propose uniformly, accept with (staleness / bound) ** (1 / T).
-                for _ in range(8):
-                    slots = self._seen_slots[self.rng.integers(self.num_seen, size=32)]
-                    share = (self._clock - self._drawn_at[slots]) / (self._clock - self._oldest)
-                    accepted = self.rng.random(32) < share ** (1 / self.staleness_temperature)
-                    if accepted.any():
-                        return slots[accepted.argmax()]
-            cdf = np.cumsum(self._staleness_weights())
-        i = cdf.searchsorted(self.rng.random() * cdf[-1], side="right")
-        return self._seen_slots[min(int(i), len(cdf) - 1)]
+            cdf = np.cumsum(self._staleness_weights())  # each draw changes it
+        else:
+            if self._score_cdf is None:  # only updates change it
+                self._score_cdf = np.cumsum(self._score_weights())
+            cdf = self._score_cdf
+        return self._seen_slots[invert(cdf, self.rng.random())]
 
     def weights(self) -> ndarray:
         """P_replay of PLR's eq. 5, (L,) float64: 0 for unseen levels, sum 1 (0 if all are)."""
@@ -525,7 +525,9 @@ class LevelSampler:
             "arrays": {name: getattr(self, name).copy() for name in self._ARRAYS},
             "candidates": np.array(candidates, float).reshape(-1, 3),
             "counts": dict(self.counts),
-            "clocks": [self._clock, self._oldest, self._next, self._num_candidates],
+            "clock": self._clock,
+            "next": self._next,
+            "num_candidates": self._num_candidates,
             "rng": self.rng.bit_generator.state,
         }
 
@@ -547,7 +549,9 @@ class LevelSampler:
         for level, number, best_return in np.asarray(state["candidates"]).tolist():
             self._candidates[int(level)] = NewLevel(int(number), best_return)
         self.counts = dict(state["counts"])
-        self._clock, self._oldest, self._next, self._num_candidates = state["clocks"]
+        self._clock = state["clock"]
+        self._next = state["next"]
+        self._num_candidates = state["num_candidates"]
         self.rng.bit_generator.state = state["rng"]
 
     def _per_env(self, x: Any, name: str) -> ndarray:
@@ -582,7 +586,6 @@ class LevelSampler:
         self.num_seen = len(self._seen_slots)
         self._score_cdf = None  # computed when needed
         self._lowest = None
-        self._oldest = int(self._drawn_at[self._seen_slots].min(initial=self._clock))
 
 
 def value_l1(advantages: ndarray, deltas: ndarray, regrets: ndarray) -> ndarray:
