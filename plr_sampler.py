@@ -62,9 +62,9 @@ def require(condition: Any, message: str) -> None:
 def transform(
     x: ndarray, kind: str, temperature: float, eps: float, offset: float, among: ndarray
 ) -> ndarray:
-    """Probabilities proportional to h(x), PLR's eq. 3, over `among`.
+    """Probabilities proportional to h(x), PLR's eq. 3, over the entries `among` x.
 
-    x (n,) float64, among (n,) bool -> (k,) float64, which sum to 1; uniform where all of h(x) is 0.
+    x (n,), among (k,) indices in order -> (k,) float64 that sum to 1; uniform if all h(x) are 0.
 
     constant:   1
     max:        1 for every maximum
@@ -73,30 +73,39 @@ def transform(
     power:      (x + offset) ** (1 / temperature), x >= 0: a negative x has no fractional power
     softmax:    exp(x / temperature)
 
-    Entries outside `among` take ranks like the others, unless they are -inf.
+    Only ranks depend on the entries that are not `among`: these take ranks too, unless -inf.
     """
-    w = np.ones(len(x))
-    if kind == "max":
-        w = (x == x.max()).astype(float)
+    y = x[among]
+    if kind == "constant":
+        w = np.ones(len(y))
+    elif kind == "max":
+        w = (y == y.max()).astype(np.float64)
     elif kind == "eps_greedy":
-        w = np.full(len(x), eps / len(x))
-        w[x.argmax()] += 1 - eps
+        w = np.full(len(y), eps / len(x))
+        w[y.argmax()] += 1 - eps
     elif kind == "rank":
-        order = np.argsort(-x)  # several times faster than a stable sort, which only ties need
-        if (x[order][1:] == x[order][:-1]).any():
-            order = np.argsort(-x, kind="stable")
-        w[order] = np.arange(1.0, len(x) + 1) ** (-1 / temperature)
+        w = ranks(x)[among] ** (-1 / temperature)
     elif kind == "power":
-        largest = x[among].max() + offset
-        if largest == 0:
-            largest = 1.0
-        w = ((np.maximum(x, 0) + offset) / largest) ** (1 / temperature)  # at most 1: no overflow
-    elif kind == "softmax":
-        w = np.exp(np.minimum(x - x[among].max(), 0) / temperature)  # at most 1: no overflow
-    w = w[among]
-    if w.sum() > 0:
-        return w / w.sum()
+        y = np.maximum(y, 0) + offset
+        if y.max() > 0:
+            y = y / y.max()  # at most 1: no overflow
+        w = y ** (1 / temperature)
+    else:
+        w = np.exp((y - y.max()) / temperature)  # at most 1: no overflow
+    total = w.sum()
+    if total > 0:
+        return w / total
     return np.full(len(w), 1 / len(w))
+
+
+def ranks(x: ndarray) -> ndarray:
+    """The rank of each of x (n,) -> (n,) float64: 1 the highest, ties in index order."""
+    order = np.argsort(-x)  # several times faster than a stable sort, which only ties need
+    if (x[order][1:] == x[order][:-1]).any():
+        order = np.argsort(-x, kind="stable")
+    rank = np.empty(len(x))
+    rank[order] = np.arange(1.0, len(x) + 1)
+    return rank
 
 
 def invert(cdf: ndarray, u: ndarray) -> ndarray:
@@ -328,17 +337,16 @@ class LevelSampler:
 
     def _score_weights(self) -> ndarray:
         """P_S of eq. 3 over the seen slots; no unseen level takes a rank from a seen one."""
-        scores = np.where(self.seen, self.scores, -np.inf)
+        x = np.where(self.seen, self.scores, -np.inf)
+        kind = self.score_transform
         offset = 0.0 if self.staleness_coef > 0 else 1e-3  # power: a score of 0 keeps a chance
-        return transform(
-            scores, self.score_transform, self.temperature, self.eps, offset, self.seen
-        )
+        return transform(x, kind, self.temperature, self.eps, offset, self._seen_slots)
 
     def _staleness_weights(self) -> ndarray:
         """P_C of eq. 4 over the seen slots; a fixed set's unseen levels take ranks like others."""
-        staleness = np.where(self.levels >= 0, self.staleness(), -np.inf)
+        x = np.where(self.levels >= 0, self.staleness(), -np.inf)
         kind = self.staleness_transform
-        return transform(staleness, kind, self.staleness_temperature, self.eps, 0.0, self.seen)
+        return transform(x, kind, self.staleness_temperature, self.eps, 0.0, self._seen_slots)
 
     def staleness(self) -> ndarray:
         """c - C of eq. 4, (L,) int64: how many draws of the set's or buffer's levels ago."""

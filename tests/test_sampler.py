@@ -467,7 +467,7 @@ def test_max_leaves_the_scores_alone():  # (D3) -inf written into the live score
     for level in (2, 3):
         play(s, [level], [1.0], [1])
         assert s.weights()[~s.seen].sum() == 0 and s.sample(replay=True) in (2, 3)
-    assert s.scores.tolist() == [0, 0, 0.5, 0.5, 0, 0] and s.weights().tolist() == [0, 0, 0.5, 0.5, 0, 0]
+    assert s.scores.tolist() == [0, 0, 0.5, 0.5, 0, 0] and s._score_weights().tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("alpha, want", [(1.0, 6.0), (0.5, 4.90625)])
@@ -985,6 +985,14 @@ def test_bad_steps_are_named_and_change_nothing(name):
     with pytest.raises(ValueError, match=message):
         call(scorer)
     np.testing.assert_equal((scorer.state_dict(), scorer.sampler.state_dict()), before)
+
+
+@pytest.mark.parametrize("kind, want", [("max", [0, 0, 0.5, 0.5]), ("eps_greedy", [1 / 19, 0, 17 / 19, 1 / 19])])
+def test_the_stalest_of_the_seen_levels_is_the_maximum(kind, want):
+    """It was that of all levels: with an unseen one the stalest, all seen levels were alike."""
+    rows = [(0, True, 4), (0, False, 99), (0, True, 7), (0, True, 7)]
+    s = with_levels(rows, staleness_coef=1.0, staleness_transform=kind, eps=0.2)
+    np.testing.assert_allclose(s.weights(), want)
 
 
 def test_power_refuses_negative_scores():
