@@ -116,6 +116,18 @@ def invert(cdf: ndarray, u: ndarray) -> ndarray:
     return cdf.searchsorted(u * cdf[-1], side="right")
 
 
+def lookup(levels: ndarray, known: ndarray, order: ndarray) -> ndarray:
+    """Where each of levels is in known (n,), any shape -> int64 of that shape; -1: not there.
+
+    known is sorted; order (n,) int64 says where each of it was before.
+    """
+    if len(known) == 0:
+        return np.full(levels.shape, -1)
+    at = known.searchsorted(levels)
+    at = np.minimum(at, len(known) - 1)
+    return np.where(known[at] == levels, order[at], -1)
+
+
 def split_episodes(levels: ndarray, step_scores: ndarray, dones: ndarray) -> np.recarray:
     """Cuts a rollout into episodes and parts of episodes, one environment after another.
 
@@ -241,16 +253,16 @@ class LevelSampler:
         ValueError for other shapes, unknown levels, and if replay is asked for but none is seen.
         """
         done = self._per_env(done, "done").astype(bool)
-        if levels is not None:
-            levels = self._per_env(levels, "levels")
-        for i in np.flatnonzero(done):
-            if levels is None:
-                level = self.sample(replay)
-            else:
-                level = self._drawn(int(levels[i]))
-            self.counts["started"] += 1
-            self.counts["completed"] += int(self.playing[i] >= 0)
-            self.playing[i] = level
+        if not done.any():
+            return self.playing.copy()
+        if levels is None:
+            started = self._sample(int(done.sum()), replay)
+        else:
+            started = self._per_env(levels, "levels").astype(np.int64)[done]
+            self._mark_drawn(started)
+        self.counts["started"] += len(started)
+        self.counts["completed"] += int((self.playing[done] >= 0).sum())
+        self.playing[done] = started
         return self.playing.copy()
 
     def drop(self, mask: ndarray) -> None:
@@ -265,66 +277,91 @@ class LevelSampler:
 
     def decide_replay(self) -> bool:
         """The replay decision d: True to replay a scored level, False to play a new one."""
+        probability = self._replay_probability()
+        if probability in (0, 1):
+            return probability == 1
+        return bool(self.rng.random() < probability)
+
+    def _replay_probability(self) -> float:
         seen = self.num_seen / max(len(self.levels), 1)
         if self.num_seen == 0 or seen < self.rho:
-            return False
+            return 0.0
         if self.fixed and seen == 1:
-            return True  # no level is new any more
+            return 1.0  # no level is new any more
         if self.replay_schedule == "fixed":
-            probability = 1 - self.nu
-        elif self.fixed:
-            probability = seen
-        else:
-            probability = min(seen, 1 - self.nu)
-        return bool(self.rng.random() < probability)
+            return 1 - self.nu
+        if self.fixed:
+            return seen
+        return min(seen, 1 - self.nu)
 
     def sample(self, replay: bool | None = None) -> int:
         """Draws one level id. replay as in `next_levels`. ValueError if there is none to replay."""
-        if self.curriculum != "plr":
-            level = self._sample_baseline()
-            self.counts["new"] += 1
-            return self._drawn(level)
-        if replay is None:
-            replay = self.decide_replay()
-        if replay:
-            level = int(self.levels[self._sample_replay()])
-            self.counts["replayed"] += 1
-        else:
-            level = self._sample_new()
-            self.counts["new"] += 1
-        return self._drawn(level)
+        return int(self._sample(1, replay)[0])
 
-    def _sample_baseline(self) -> int:
+    def _sample(self, k: int, replay: bool | None) -> ndarray:
+        """Draws k level ids, (k,) int64: the same ones as k single draws."""
+        if self.curriculum != "plr":
+            return self._sample_baseline(k)
+        if replay is None and 0 < self._replay_probability() < 1:
+            levels = np.empty(k, np.int64)
+            for i in range(k):  # each decision falls between two draws
+                levels[i] = self._sample(1, self.decide_replay())[0]
+            return levels
+        if replay is None:
+            replay = self.decide_replay()  # a certain one
+        if replay:
+            return self._sample_replay(k)
+        return self._sample_new(k)
+
+    def _sample_baseline(self, k: int) -> ndarray:
+        """All levels in order, or uniformly drawn."""
         space = len(self.levels) if self.fixed else self.level_space
         if self.curriculum == "sequential":
-            i = self._next % space
+            levels = (self._next + np.arange(k)) % space
         else:
-            i = self.rng.integers(space)
-        self._next += 1
-        return int(self.levels[i]) if self.fixed else int(i)
+            levels = self.rng.integers(space, size=k)
+        if self.fixed:
+            levels = self.levels[levels]
+        self._next += k
+        self.counts["new"] += k
+        self._mark_drawn(levels)
+        return levels
 
-    def _sample_new(self) -> int:
+    def _sample_new(self, k: int) -> ndarray:
         """Uniform over what the buffer does not hold; over a fixed set's unseen levels, or all."""
         if self.fixed:
             choices = self._unseen
             if len(choices) == 0:
                 choices = np.arange(len(self.levels))
-            return int(self.levels[choices[self.rng.integers(len(choices))]])
-        while True:
-            level = int(self.rng.integers(self.level_space))
-            if self._slots(level) < 0:
-                return level
-
-    def _sample_replay(self) -> int:
-        """A slot from `weights()`: by staleness with probability staleness_coef, else by score."""
-        require(self.num_seen, "no level has been scored yet, so none can be replayed")
-        if self.rng.random() < self.staleness_coef:
-            cdf = np.cumsum(self._staleness_weights())  # each draw changes it
+            levels = self.levels[choices[self.rng.integers(len(choices), size=k)]]
         else:
-            if self._score_cdf is None:  # only updates change it
-                self._score_cdf = np.cumsum(self._score_weights())
-            cdf = self._score_cdf
-        return self._seen_slots[invert(cdf, self.rng.random())]
+            levels = np.empty(0, np.int64)
+            while len(levels) < k:
+                more = self.rng.integers(self.level_space, size=k - len(levels))
+                levels = np.append(levels, more[self._slots(more) < 0])
+        self.counts["new"] += k
+        self._mark_drawn(levels)
+        return levels
+
+    def _sample_replay(self, k: int) -> ndarray:
+        """From `weights()`: by staleness with probability staleness_coef, else by score.
+
+        One after another: each draw ages the other levels.
+        """
+        require(self.num_seen, "no level has been scored yet, so none can be replayed")
+        if self._score_cdf is None:  # only updates change it
+            self._score_cdf = np.cumsum(self._score_weights())
+        part, u = self.rng.random((k, 2)).T
+        slots = self._seen_slots[invert(self._score_cdf, u)]
+        start = 0
+        for i in np.flatnonzero(part < self.staleness_coef):
+            self._reset_staleness(slots[start:i])
+            cdf = np.cumsum(self._staleness_weights())
+            slots[i] = self._seen_slots[invert(cdf, u[i])]
+            start = i
+        self._reset_staleness(slots[start:])
+        self.counts["replayed"] += k
+        return self.levels[slots]
 
     def weights(self) -> ndarray:
         """P_replay of PLR's eq. 5, (L,) float64: 0 for unseen levels, sum 1 (0 if all are)."""
@@ -344,7 +381,9 @@ class LevelSampler:
 
     def _staleness_weights(self) -> ndarray:
         """P_C of eq. 4 over the seen slots; a fixed set's unseen levels take ranks like others."""
-        x = np.where(self.levels >= 0, self.staleness(), -np.inf)
+        x = self.staleness().astype(np.float64)
+        if not self.fixed:
+            x[self._unseen] = -np.inf  # empty slots
         kind = self.staleness_transform
         return transform(x, kind, self.staleness_temperature, self.eps, 0.0, self._seen_slots)
 
@@ -352,16 +391,21 @@ class LevelSampler:
         """c - C of eq. 4, (L,) int64: how many draws of the set's or buffer's levels ago."""
         return self._clock - self._drawn_at
 
-    def _drawn(self, level: int) -> int:
-        """Marks a level as drawn now; a candidate's draw ages no level of the buffer."""
-        slot = int(self._slots(level))
-        if slot >= 0:
-            self._clock += 1
-            self._drawn_at[slot] = self._clock
-        elif len(self.levels) and level not in self._candidates:
-            self._num_candidates += 1
-            self._candidates[level] = NewLevel(self._num_candidates, np.nan)
-        return level
+    def _mark_drawn(self, levels: ndarray) -> None:
+        """Marks levels (k,) as drawn, one after another; what the buffer lacks is a candidate."""
+        slots = self._slots(levels)
+        self._reset_staleness(slots[slots >= 0])
+        if len(self.levels) == 0:
+            return
+        for level in levels[slots < 0].tolist():
+            if level not in self._candidates:
+                self._num_candidates += 1
+                self._candidates[level] = NewLevel(self._num_candidates, np.nan)
+
+    def _reset_staleness(self, slots: ndarray) -> None:
+        """Each draw of slots (k,) is a tick of the clock; a slot keeps the tick of its last."""
+        self._drawn_at[slots] = self._clock + np.arange(1, len(slots) + 1)
+        self._clock += len(slots)
 
     # ---- what was learned? (PLR, Algorithm 2) ----------------------------------------------------
 
@@ -492,9 +536,15 @@ class LevelSampler:
 
         `default` where no episode has finished yet. ValueError for unknown levels.
         """
-        best = np.array(np.append(self.best_return, np.nan)[self._slots(levels)])
-        for level, candidate in self._candidates.items():
-            best[np.asarray(levels) == level] = candidate.best_return
+        levels = np.asarray(levels, np.int64)
+        slots = self._slots(levels)
+        best = np.array(np.append(self.best_return, np.nan)[slots])  # slot -1: nan
+        if self._candidates:
+            known = np.array(list(self._candidates))
+            returns = [candidate.best_return for candidate in self._candidates.values()]
+            order = np.argsort(known)
+            new = slots < 0
+            best[new] = np.append(returns, np.nan)[lookup(levels[new], known[order], order)]
         return np.where(np.isnan(best), default, best)
 
     # ---- state -----------------------------------------------------------------------------------
@@ -572,19 +622,17 @@ class LevelSampler:
 
         ValueError where there cannot be one.
         """
-        at = self._sorted_levels.searchsorted(levels)
-        found = self._sorted_levels[at] == levels
-        unknown = ~found if self.fixed else np.less(levels, 0)
+        levels = np.asarray(levels, np.int64)
+        slots = lookup(levels, self._sorted_levels, self._sorted_slots)
+        unknown = slots < 0 if self.fixed else levels < 0
         if unknown.any():
-            level = np.asarray(levels)[unknown][0]
-            raise ValueError(f"level {level} is not in this sampler's set")
-        return np.where(found, self._sorted_slots[at], -1)
+            raise ValueError(f"level {levels[unknown][0]} is not in this sampler's set")
+        return slots
 
     def _index(self) -> None:
         """Rebuilds what is derived from `levels` and `seen`."""
-        order = np.argsort(self.levels, kind="stable")
-        self._sorted_slots = np.append(order, -1)  # the last one is no level's
-        self._sorted_levels = np.append(self.levels[order], np.iinfo(np.int64).max)
+        self._sorted_slots = np.argsort(self.levels)
+        self._sorted_levels = self.levels[self._sorted_slots]
         self._index_seen()
 
     def _index_seen(self) -> None:

@@ -340,6 +340,27 @@ def test_no_draw_falls_on_a_weight_of_0_at_the_edges():
         assert invert(np.cumsum(weights), np.array([0.0, largest])).tolist() == [1, size - 2]
 
 
+@pytest.mark.parametrize("kind", ["fixed", "buffer", "sequential"])
+@given(SEEDS, st.sampled_from([None, True, False]), st.sampled_from(TRANSFORMS), st.sampled_from([0.0, 0.4, 1.0]))
+@settings(repeatable, max_examples=40)
+def test_many_levels_are_drawn_as_one_by_one(kind, seed, replay, staleness_kind, coef):
+    """The same levels, and the same state after it, generator included; also from a level space that is nearly full."""
+    options = {"staleness_transform": staleness_kind, "staleness_coef": coef, "rho": 0.2, "nu": seed % 3 / 2}
+    options |= {"replay_schedule": ("fixed", "proportionate")[seed % 2], "temperature": 1.0}
+    if kind == "buffer":
+        options |= {"level_space": (8, 1000, 2**40)[seed % 3]}
+    s, rng = make(kind, size=6, envs=30, seed=seed, **options), np.random.default_rng(seed)
+    fill(s, range(seed % 5 + 1), rng.random(seed % 5 + 1))
+    s.playing[::7] = -1
+    for levels in (None, rng.integers(6, size=30), None):
+        one_by_one, mask = copy.deepcopy(s), rng.random(30) < 0.7
+        s.next_levels(mask, replay, levels)
+        for i in np.flatnonzero(mask):
+            one_by_one.next_levels(np.arange(30) == i, replay, levels)
+        np.testing.assert_equal(s.state_dict(), one_by_one.state_dict())
+        np.testing.assert_array_equal(s.weights(), one_by_one.weights())
+
+
 def test_staleness_counts_draws():
     loop = Loop(fixed(envs=3), drop=0.2)
     age, used = dict.fromkeys(range(6), 0), 0
@@ -841,7 +862,7 @@ def test_memory_is_bounded_and_ids_are_unique(kind):  # (R11)
 
 def test_a_new_level_in_play_may_be_dealt_again():  # a small level space would leave none, and a loop without end
     s, draws = fill(buffer(3, 8, level_space=4), [0, 1, 2], [1, 1, 1]), iter([0, 1, 2, 3] * 8)
-    s.rng = SimpleNamespace(integers=lambda n: next(draws))
+    s.rng = SimpleNamespace(integers=lambda n, size: np.array(list(itertools.islice(draws, size))))
     assert s.next_levels(np.ones(8, bool), replay=False).tolist() == [3] * 8
 
 
@@ -871,6 +892,18 @@ def test_best_return_is_the_highest_so_far(kind):
     s.record_returns(np.array([0]), np.array([-4.0]))
     assert s.best_returns(np.array([[0, 1], [2, 0]]), default=-9.0).tolist() == [[-3, -2], [-9, -3]]
     assert s.best_returns(np.array([2])).tolist() == [0]
+
+
+def test_best_returns_of_candidates_and_of_the_buffer_at_once():
+    s = fill(buffer(20, 8, level_space=100), range(0, 40, 2), range(20))
+    candidates = [71, 3, 33, 5, 97, 51, 49, 1]
+    s.next_levels(np.ones(8, bool), levels=candidates)
+    best = {level: -level / 7 for level in (*range(0, 40, 4), *candidates[:-1])}
+    s.record_returns(list(best), list(best.values()))
+    levels = np.random.default_rng(0).integers(100, size=(30, 40))
+    want = [[best.get(level, 9.0) for level in row] for row in levels.tolist()]
+    assert s.best_returns(levels, 9.0).tolist() == want
+    assert s.best_returns(levels[0, 0], 9.0) == want[0][0] and s.best_returns([], 9.0).tolist() == []
 
 
 def test_best_return_follows_the_level():
