@@ -59,6 +59,36 @@ def require(condition: Any, message: str) -> None:
         raise ValueError(message)
 
 
+def as_levels(levels: Any) -> ndarray:
+    """Level ids, any shape -> int64 of that shape, exactly; ValueError for what is no level id.
+
+    A float is refused where its precision may have cost digits: float64 from 2**53 on.
+    """
+    levels = np.asarray(levels)
+    if levels.size == 0:
+        return levels.astype(np.int64)
+    message = "levels must be integers from 0 to 2**63 - 1"
+    require(levels.dtype.kind in "iuf", f"{message}, not {levels.dtype}")
+    largest = 2**63 - 1
+    valid = levels >= 0
+    if levels.dtype.kind == "f":
+        largest = min(largest, 2 ** (np.finfo(levels.dtype).nmant + 1) - 1)
+        valid &= levels == np.floor(levels)
+    valid &= levels <= largest
+    if not valid.all():
+        raise ValueError(f"{message}, not {levels[~valid][0]} ({levels.dtype})")
+    return levels.astype(np.int64)
+
+
+def layout(state: Any) -> Any:
+    """Keys and types of a nested state; an array's is its dtype, a tensor's that of its array."""
+    if isinstance(state, dict):
+        return {key: layout(value) for key, value in state.items()}
+    if hasattr(state, "__array__"):
+        return np.asarray(state).dtype
+    return type(state)
+
+
 def transform(
     x: ndarray, kind: str, temperature: float, eps: float, offset: float, among: ndarray
 ) -> ndarray:
@@ -198,12 +228,16 @@ class LevelSampler:
             require(value > 0, f"{name} {value} is not above 0")
         self.fixed = self.levels is not None
         if self.fixed:
-            self.levels = self._check_set(np.array(self.levels))
+            self.levels = as_levels(self.levels)
+            distinct = len(np.unique(self.levels)) == len(self.levels) > 0
+            require(distinct, "levels must be distinct, and one at least")
+            require(self.buffer_size == 0, "levels of a fixed set come without a buffer_size")
         else:
             self.levels = np.array([-1] * self.buffer_size, np.int64)
         size = len(self.levels)
-        message = f"level_space {self.level_space} must be above {size} levels"
-        require(self.fixed or self.level_space > size, message)
+        if not self.fixed:
+            message = f"level_space {self.level_space} must be above {size} levels and below 2**63"
+            require(size < self.level_space < 2**63, message)
         message = "plr needs levels or a buffer_size above 0"
         require(size or self.curriculum != "plr", message)
 
@@ -229,16 +263,12 @@ class LevelSampler:
         self._next = 0  # levels dealt so far, if sequential
         self._candidates: dict[int, NewLevel] = {}  # they wait for their first score
         self._num_candidates = 0  # that there ever were
-        # Stitching: level (-1: none), steps, sum and maximum of the episode in progress, per env.
-        self._tails = np.full((4, self.num_envs), -1.0)
+        # Stitching: of each environment's episode in progress when the last rollout ended.
+        self._tail_level = np.full(self.num_envs, -1, np.int64)  # -1: none
+        self._tail_steps = np.zeros(self.num_envs, np.int64)
+        self._tail_sum = np.zeros(self.num_envs)
+        self._tail_max = np.zeros(self.num_envs)
         self._index()
-
-    def _check_set(self, levels: ndarray) -> ndarray:
-        message = "levels must be distinct integers >= 0 and come without a buffer_size"
-        require(levels.dtype.kind in "iu" and levels.min(initial=0) >= 0, message)
-        require(len(np.unique(levels)) == len(levels) > 0, message)
-        require(self.buffer_size == 0, message)
-        return levels.astype(np.int64)
 
     # ---- which level next? (PLR, Algorithm 1) ----------------------------------------------------
 
@@ -258,7 +288,7 @@ class LevelSampler:
         if levels is None:
             started = self._sample(int(done.sum()), replay)
         else:
-            started = self._per_env(levels, "levels").astype(np.int64)[done]
+            started = as_levels(self._per_env(levels, "levels")[done])
             self._mark_drawn(started)
         self.counts["started"] += len(started)
         self.counts["completed"] += int((self.playing[done] >= 0).sum())
@@ -273,7 +303,7 @@ class LevelSampler:
         for level in set(self.playing[mask].tolist()) - still_playing:
             self._candidates.pop(level, None)  # nobody will score it
         self.playing[mask] = -1
-        self._tails[0, mask] = -1
+        self._tail_level[mask] = -1
 
     def decide_replay(self) -> bool:
         """The replay decision d: True to replay a scored level, False to play a new one."""
@@ -418,7 +448,7 @@ class LevelSampler:
         `dones` shifted by one). score_tails=False leaves out episodes that the end cuts off.
         ValueError for other shapes, scores not finite, unknown levels, a level that changes.
         """
-        levels = np.asarray(levels, np.int64)
+        levels = as_levels(levels)
         step_scores = np.asarray(step_scores, np.float64)
         dones = np.asarray(dones, bool)
         shapes = (levels.shape, step_scores.shape, dones.shape)
@@ -446,16 +476,19 @@ class LevelSampler:
 
     def _stitch(self, episodes: np.recarray) -> None:
         """Algorithm 4: joins the parts of an episode that earlier rollouts cut off to its rest."""
-        level, steps, total, maximum = self._tails[:, episodes.env]
         first = np.append(True, episodes.env[1:] != episodes.env[:-1])  # of its environment
-        resumed = first & (level == episodes.level)
-        episodes.steps[resumed] += steps[resumed].astype(np.int64)
-        episodes.score[resumed] += total[resumed]
-        longer = np.maximum(episodes.max_score, maximum)
-        episodes.max_score[resumed] = longer[resumed]
-        self._tails[0] = -1
+        resumed = first & (episodes.level == self._tail_level[episodes.env])
+        env = episodes.env[resumed]
+        episodes.steps[resumed] += self._tail_steps[env]
+        episodes.score[resumed] += self._tail_sum[env]
+        maximum = np.maximum(episodes.max_score[resumed], self._tail_max[env])
+        episodes.max_score[resumed] = maximum
         cut = episodes[~episodes.complete]
-        self._tails[:, cut.env] = cut.level, cut.steps, cut.score, cut.max_score
+        self._tail_level[:] = -1
+        self._tail_level[cut.env] = cut.level
+        self._tail_steps[cut.env] = cut.steps
+        self._tail_sum[cut.env] = cut.score
+        self._tail_max[cut.env] = cut.max_score
 
     def update_scores(self, levels: ndarray, scores: ndarray) -> None:
         """Finished scores from anywhere, in order; then new levels compete for the buffer.
@@ -463,7 +496,7 @@ class LevelSampler:
         levels (n,) integers, scores (n,): the mean over an episode's steps, or any other.
         ValueError for other shapes, unknown levels, scores not finite, or below 0 for `power`.
         """
-        levels = np.asarray(levels, np.int64)
+        levels = as_levels(levels)
         scores = np.asarray(scores, np.float64)
         message = f"scores must be finite, one for each of the {levels.size} levels"
         require(levels.ndim == 1 and levels.shape == scores.shape, message)
@@ -519,7 +552,7 @@ class LevelSampler:
 
         levels (n,) integers, returns (n,). ValueError for other shapes and unknown levels.
         """
-        levels = np.asarray(levels)
+        levels = as_levels(levels)
         returns = np.asarray(returns, np.float64)
         message = f"returns has shape {returns.shape}, that of levels is {levels.shape}"
         require(levels.shape == returns.shape, message)
@@ -536,7 +569,7 @@ class LevelSampler:
 
         `default` where no episode has finished yet. ValueError for unknown levels.
         """
-        levels = np.asarray(levels, np.int64)
+        levels = as_levels(levels)
         slots = self._slots(levels)
         best = np.array(np.append(self.best_return, np.nan)[slots])  # slot -1: nan
         if self._candidates:
@@ -573,15 +606,20 @@ class LevelSampler:
             "late": self.counts["late"],
         }
 
-    _ARRAYS = ("levels", "scores", "seen", "best_return", "playing", "_drawn_at", "_tails")
+    _ARRAYS = ("levels", "scores", "seen", "best_return", "playing", "_drawn_at")
+    _ARRAYS += ("_tail_level", "_tail_steps", "_tail_sum", "_tail_max")
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides the future, generator included: arrays, numbers and strings only."""
-        candidates = [(level, *new) for level, new in self._candidates.items()]
+        candidates = self._candidates.values()
         return {
             "fixed": self.fixed,
             "arrays": {name: getattr(self, name).copy() for name in self._ARRAYS},
-            "candidates": np.array(candidates, float).reshape(-1, 3),
+            "candidates": {
+                "levels": np.array(list(self._candidates), np.int64),
+                "numbers": np.array([new.number for new in candidates], np.int64),
+                "best_returns": np.array([new.best_return for new in candidates], np.float64),
+            },
             "counts": dict(self.counts),
             "clock": self._clock,
             "next": self._next,
@@ -590,27 +628,32 @@ class LevelSampler:
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Restores `state_dict()`. ValueError if it is of another sampler or an older version."""
-        message = "the state is of a sampler with other levels, another number of environments"
-        message += ", or an older version"
-        require(state.keys() == self.state_dict().keys(), message)
-        arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
+        """Restores `state_dict()`, arrays in any library's tensors.
+
+        ValueError, before anything is changed, if it is of another sampler or of another version.
+        """
+        message = "the state is not of this version, or its sampler had other levels or num_envs"
+        require(layout(state) == layout(self.state_dict()), message)
         require(state["fixed"] == self.fixed, message)
+        arrays = {name: np.asarray(array) for name, array in state["arrays"].items()}
         for name in self._ARRAYS:
             require(arrays[name].shape == getattr(self, name).shape, message)
         if self.fixed:
             require((arrays["levels"] == self.levels).all(), message)
+        columns = [np.asarray(column).tolist() for column in state["candidates"].values()]
+        require(len(columns[0]) == len(columns[1]) == len(columns[2]), message)
+
+        self.rng.bit_generator.state = state["rng"]
         for name in self._ARRAYS:
             getattr(self, name)[:] = arrays[name]
         self._index()
         self._candidates = {}
-        for level, number, best_return in np.asarray(state["candidates"]).tolist():
-            self._candidates[int(level)] = NewLevel(int(number), best_return)
+        for level, number, best_return in zip(*columns):
+            self._candidates[level] = NewLevel(number, best_return)
         self.counts = dict(state["counts"])
         self._clock = state["clock"]
         self._next = state["next"]
         self._num_candidates = state["num_candidates"]
-        self.rng.bit_generator.state = state["rng"]
 
     def _per_env(self, x: Any, name: str) -> ndarray:
         x = np.asarray(x)
@@ -618,14 +661,13 @@ class LevelSampler:
         return x
 
     def _slots(self, levels: ndarray) -> ndarray:
-        """The slot of each level, any shape -> int64; -1 where the buffer has none.
+        """The slot of each level, int64 of any shape -> int64; -1 where the buffer has none.
 
-        ValueError where there cannot be one.
+        ValueError where a fixed set has none.
         """
-        levels = np.asarray(levels, np.int64)
         slots = lookup(levels, self._sorted_levels, self._sorted_slots)
-        unknown = slots < 0 if self.fixed else levels < 0
-        if unknown.any():
+        unknown = slots < 0
+        if self.fixed and unknown.any():
             raise ValueError(f"level {levels[unknown][0]} is not in this sampler's set")
         return slots
 
@@ -685,7 +727,7 @@ class StepScorer:
         ValueError for other shapes, values not finite, unknown levels, a level that changes.
         """
         per_env = self.sampler._per_env
-        levels = per_env(levels, "levels").astype(np.int64)
+        levels = as_levels(per_env(levels, "levels"))
         values = per_env(values, "values").astype(np.float64)
         next_values = per_env(next_values, "next_values").astype(np.float64)
         rewards = per_env(rewards, "rewards").astype(np.float64)
@@ -743,12 +785,13 @@ class StepScorer:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`; the sampler has a state of its own. ValueError for others."""
         message = "the state is not of a StepScorer with this number of environments"
-        require(state.keys() == self.state_dict().keys(), message)
+        require(layout(state) == layout(self.state_dict()), message)
         levels = np.asarray(state["levels"])
         num_steps = np.asarray(state["num_steps"])
         require(levels.shape == num_steps.shape == self._levels.shape, message)
-        rows = [tuple(row) for row in np.asarray(state["steps"]).tolist()]
-        require(len(rows) == num_steps.sum(), message)
+        steps = np.asarray(state["steps"])
+        require(steps.shape == (num_steps.sum(), 3), message)
+        rows = [tuple(row) for row in steps.tolist()]
         self._levels = levels.copy()
         ends = np.cumsum(num_steps)
         for i, (start, end) in enumerate(zip(ends - num_steps, ends)):

@@ -882,6 +882,94 @@ def test_no_level_is_not_a_level():
     assert not s.seen.any() and s.num_seen == 0 and balanced(s)
 
 
+# ---- large level ids -------------------------------------------------------------------------------------------------
+
+# They went through float64, which has no 2**53 + 1, and searchsorted makes float64 of uint64 beside int64.
+LARGE = [2**53, 2**53 + 1, 2**53 + 2, 2**62 + 1, 2**63 - 2, 2**63 - 1]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("kind", ["fixed", "buffer"])
+@pytest.mark.parametrize("feed", ["update", "stitched", "update_scores", "StepScorer"])
+def test_large_levels_stay_apart(kind, dtype, feed):
+    levels, scores = np.array(LARGE, dtype), np.arange(6.0)
+    space = {"levels": levels} if kind == "fixed" else {"buffer_size": 6}
+    s = LevelSampler(**space, num_envs=6, seed=1, stitch_episodes=feed == "stitched", alpha=0.5)
+    s.next_levels(np.ones(6, bool), levels=levels)
+    assert s.playing.tolist() == LARGE
+    s.record_returns(levels, scores - 1)
+    if feed == "update":
+        s.update([levels], [scores], np.ones((1, 6)))
+    elif feed == "stitched":
+        s.update([levels], [scores], np.zeros((1, 6)))
+        s.update([levels], [scores], np.ones((1, 6)))
+    elif feed == "update_scores":
+        s.update_scores(levels, scores)
+    else:
+        scorer = StepScorer(s, gamma=0.0, gae_lambda=0.0)
+        scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.zeros(6))
+        saved, scorer = through_torch(scorer.state_dict()), StepScorer(s, gamma=0.0, gae_lambda=0.0)
+        scorer.load_state_dict(saved)
+        assert scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.ones(6)).level.tolist() == LARGE
+    alpha = 0.5 if kind == "fixed" else 1  # a new level's first score is its mean
+    assert known(s) == dict(zip(LARGE, (alpha * scores).tolist())) and s.counts["late"] == 0
+    best = scores - 1 if feed != "StepScorer" else np.maximum(scores - 1, 2 * scores)
+    assert s.best_returns(levels[None], -9.0).tolist() == [best.tolist()]
+    assert s.best_returns(levels[1], -9.0) == best[1]
+
+
+def test_a_tail_is_not_resumed_by_the_next_large_level():
+    s = LevelSampler(LARGE, num_envs=1, seed=1, stitch_episodes=True)
+    play(s, [2**53 + 1], [5.0], [0])
+    assert play(s, [2**53], [1.0], [1]).steps.tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", ["buffer", "stitched"])
+def test_a_large_level_space_is_scored_and_restored(kind):
+    small, a = (Loop(make(kind, size=50, envs=8, level_space=n), steps=4, score_tails=False) for n in (2**31, 2**62))
+    for _ in range(60):
+        small.rollout(), a.rollout()
+    for count in ("late", "evicted", "completed"):
+        assert a.s.counts[count] == pytest.approx(small.s.counts[count], rel=0.2) and a.s.counts[count] > 50
+    b = copy.deepcopy(a)
+    b.s = make(kind, size=50, envs=8, level_space=2**62, seed=2)
+    b.s.load_state_dict(through_torch(a.s.state_dict()))
+    assert len(a.s._candidates) > 0
+    for _ in range(10):
+        a.rollout(), b.rollout()
+    assert a.draws == b.draws
+    np.testing.assert_equal(b.s.state_dict(), a.s.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["fixed", "buffer"])
+@pytest.mark.parametrize("bad", ["negative", "uint64", "beyond", "half", "nan", "rounded", "float32", "bool", "text"])
+def test_what_is_no_level_is_refused(kind, bad):
+    """uint64 numbers from 2**63 on became negative, halves the level below, nan -2**63."""
+    values = {"negative": [-1], "uint64": np.array([2**63], np.uint64), "beyond": [2**64], "half": [0.5]}
+    values |= {"nan": [math.nan], "rounded": [2.0**53], "float32": np.array([2**24], np.float32)}
+    values |= {"bool": [True], "text": ["1"]}
+    level = values[bad]
+    s = fill(make(kind, size=3), [0, 1], [1.0, 2.0])
+    scorer, row = StepScorer(s, **GAE), ([0.0], [0.0], [0.0], [False])
+    calls = [
+        lambda: s.next_levels([True], levels=level), lambda: s.update([level], [[1.0]], [[True]]),
+        lambda: s.update_scores(level, [1.0]), lambda: s.record_returns(level, [1.0]), lambda: s.best_returns(level),
+        lambda: scorer.step(level, *row), lambda: LevelSampler(level, num_envs=1, seed=1),
+    ]  # fmt: skip
+    before = copy.deepcopy((s.state_dict(), scorer.state_dict()))
+    for call in calls:
+        with pytest.raises(ValueError, match="levels must be integers from 0 to 2\\*\\*63 - 1, not"):
+            call()
+    np.testing.assert_equal((s.state_dict(), scorer.state_dict()), before)
+
+
+def test_levels_may_come_as_floats_that_are_integers():
+    s = fixed(3)
+    play(s, [2.0, 2.0], [0.5, 1.5], [0, 1])
+    s.record_returns(np.array([2], np.float32), [3.0])
+    assert known(s) == {2: 1.0} and s.best_returns([2.0]) == 3.0
+
+
 # ---- MaxMC -----------------------------------------------------------------------------------------------------------
 
 
@@ -941,6 +1029,7 @@ BAD_OPTIONS = [
     ({"buffer_size": 3}, "buffer_size"),
     ({"levels": None, "buffer_size": -3}, "buffer_size"),
     ({"levels": None, "buffer_size": 8, "level_space": 8}, "level_space"),  # no new level could ever be found
+    ({"levels": None, "buffer_size": 8, "level_space": 2**63}, "level_space"),  # int64 cannot hold all of them
 ]
 
 
@@ -952,6 +1041,18 @@ def test_bad_options_are_named(options, name):
 
 ZEROS, DONE = np.zeros((3, 2)), np.ones((3, 2))
 NAN_TAIL = np.array([[1, 1], [1, 1], [1, np.nan]])
+MT19937 = np.random.MT19937(1).state
+
+
+def changed(s, part, name, value):
+    """The sampler's state with one array replaced, or left out."""
+    state = s.state_dict()
+    state[part][name] = value
+    if value is None:
+        del state[part][name]
+    return state
+
+
 BAD_CALLS = {
     "done": ("done", lambda s: s.next_levels([True])),
     "done scalar": ("done", lambda s: s.next_levels(True)),
@@ -980,6 +1081,13 @@ BAD_CALLS = {
     "unknown best return": ("level 7", lambda s: s.best_returns([7])),
     "other state": ("state", lambda s: s.load_state_dict(make("fixed", size=3, envs=1).state_dict())),
     "other levels": ("state", lambda s: s.load_state_dict(LevelSampler([0, 1, 3], num_envs=2, seed=1).state_dict())),
+    "no state": ("state", lambda s: s.load_state_dict({})),
+    "an older state": ("state", lambda s: s.load_state_dict({**s.state_dict(), "staged": np.zeros((0, 3))})),
+    "part of a state": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "_tail_sum", None))),
+    "other types": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "_tail_level", np.full(2, -1.0)))),
+    "other shape": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "scores", np.zeros(2)))),
+    "other generator": ("state", lambda s: s.load_state_dict({**s.state_dict(), "rng": MT19937})),
+    "torn candidates": ("state", lambda s: s.load_state_dict(changed(s, "candidates", "levels", np.arange(2)))),
     "state of a set": ("state", lambda s: buffer(3, 2).load_state_dict(s.state_dict())),
 }
 
