@@ -283,13 +283,13 @@ class LevelSampler:
         ValueError for other shapes, unknown levels, and if replay is asked for but none is seen.
         """
         done = self._per_env(done, "done").astype(bool)
-        if not done.any():
-            return self.playing.copy()
-        if levels is None:
-            started = self._sample(int(done.sum()), replay)
-        else:
+        if levels is not None:
             started = as_levels(self._per_env(levels, "levels")[done])
             self._mark_drawn(started)
+        elif done.any():
+            started = self._sample(int(done.sum()), replay)
+        else:
+            return self.playing.copy()
         self.counts["started"] += len(started)
         self.counts["completed"] += int((self.playing[done] >= 0).sum())
         self.playing[done] = started
@@ -572,11 +572,11 @@ class LevelSampler:
         levels = as_levels(levels)
         slots = self._slots(levels)
         best = np.array(np.append(self.best_return, np.nan)[slots])  # slot -1: nan
-        if self._candidates:
+        new = slots < 0
+        if self._candidates and new.any():
             known = np.array(list(self._candidates))
             returns = [candidate.best_return for candidate in self._candidates.values()]
             order = np.argsort(known)
-            new = slots < 0
             best[new] = np.append(returns, np.nan)[lookup(levels[new], known[order], order)]
         return np.where(np.isnan(best), default, best)
 

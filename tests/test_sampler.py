@@ -505,6 +505,13 @@ def test_unseen_levels_and_empty_slots_take_no_rank(kind):  # (dcd) their zeros 
     assert (p[3], p[5]) == pytest.approx((1 / 3, 2 / 3))
 
 
+def test_empty_slots_take_no_rank_of_staleness():  # a fixed set's unseen levels do, as published
+    s = buffer(6, staleness_coef=1.0, staleness_transform="rank")
+    for level in (3, 5, 3, 5, 3):  # the last draw was of 3; empty slots were never drawn
+        fill(s, [level], [0.0])
+    assert s.weights()[:2] == pytest.approx((1 / 3, 2 / 3))
+
+
 def test_scores_are_means_and_cut_episodes_weigh_by_steps():  # (R5, S3) sums for finished episodes, means for others
     score = np.random.default_rng(0).uniform(size=100)
     for cuts in ([], [1], [37, 38, 90]):
@@ -633,6 +640,7 @@ def test_dropped_steps_are_never_scored():  # (R10)
     scorer = StepScorer(s, gamma=1.0, gae_lambda=1.0)
     scorer.step([0, 1], [0, 0], [0, 0], [9, 1], [0, 0])
     scorer.drop([True, False])  # in the sampler too
+    assert s.counts["dropped"] == 1 and s.playing.tolist() == [-1, 1]
     s.next_levels([True, False], levels=[0, 0])
     episodes = scorer.step([0, 1], [0, 0], [0, 0], [1, 1], [1, 1])
     assert episodes.steps.tolist() == [1, 2] and s.scores.tolist() == [1, 1.5, 0]
@@ -1057,6 +1065,7 @@ BAD_CALLS = {
     "done": ("done", lambda s: s.next_levels([True])),
     "done scalar": ("done", lambda s: s.next_levels(True)),
     "explicit levels": ("levels", lambda s: s.next_levels([True, True], levels=[0])),
+    "explicit levels, none done": ("levels", lambda s: s.next_levels([False, False], levels=[0])),
     "drop": ("shape", lambda s: s.drop([True])),
     "update envs": ("levels.*shape", lambda s: s.update(ZEROS[:, :1], ZEROS[:, :1], ZEROS[:, :1])),
     "update 1-d": ("levels.*shape", lambda s: s.update(ZEROS[0], ZEROS[0], ZEROS[0])),
