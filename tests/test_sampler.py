@@ -23,7 +23,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import gae_as_a_sum
 
-from plr_sampler import TRANSFORMS, LevelSampler
+from plr_sampler import TRANSFORMS, LevelSampler, StepScorer, invert
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "level_sampler_golden.json").read_text())
 SETTINGS = ("score_transform", "temperature", "eps", "staleness_coef", "staleness_transform", "staleness_temperature")
@@ -292,7 +292,7 @@ def test_draws_follow_weights_while_staleness_evolves(coef, temperature, age_tem
     age = dict.fromkeys(score, 0)
     hits, mean, variance = np.zeros((3, 8))
     for k in range(4000):
-        if k % 100 == 50:  # the same scores again: only the bound that rejection relies on moves
+        if k % 100 == 50:  # the same scores again: what is kept between updates is rebuilt
             s.update_scores(list(score), list(score.values()))
         p = np.array([*slow_weights(score, age, coef, temperature, age_temperature).values()])
         assert np.abs(s.weights() - p).max() < 1e-12
@@ -303,24 +303,62 @@ def test_draws_follow_weights_while_staleness_evolves(coef, temperature, age_tem
     assert (np.abs(hits - mean) < 4.5 * np.sqrt(variance)).all()
 
 
-@pytest.mark.parametrize("path", ["rejection", "exact fallback"])
-def test_draws_follow_frozen_weights(path, monkeypatch):
+FROZEN = [  # (staleness_coef, score and staleness transform, their temperatures)
+    (0.7, "rank", "power", 2.0, 0.5),
+    (1.0, "rank", "power", 1.0, 1.0),
+    (0.0, "rank", "power", 2.0, 1.0),
+    (0.5, "power", "rank", 1.0, 2.0),
+    (0.3, "softmax", "softmax", 20.0, 30.0),
+    (0.5, "eps_greedy", "constant", 1.0, 1.0),
+]
+
+
+@pytest.mark.parametrize("coef, kind, staleness_kind, temperature, age_temperature", FROZEN)
+def test_draws_follow_frozen_weights(coef, kind, staleness_kind, temperature, age_temperature):
+    """Pearson's chi-square of 10,000 draws, 4 standard deviations from its mean at most."""
     rng, n = np.random.default_rng(0), 10_000
     rows = [(x, x > 5, int(age)) for x, age in zip(rng.permutation(60), rng.integers(0, 100, 60))]
-    s = with_levels(rows, staleness_coef=0.7, temperature=2.0, staleness_temperature=0.5)
-    if path == "exact fallback":
-        s._oldest = -(10**6)  # nothing is ever accepted
-    p, drawn_at, exact, hits = s.weights(), s._drawn_at.copy(), [], np.zeros(60)
-    slow = s._staleness_weights
-    monkeypatch.setattr(s, "_staleness_weights", lambda: exact.append(1) or slow())
+    transforms = {"score_transform": kind, "staleness_transform": staleness_kind}
+    temperatures = {"temperature": temperature, "staleness_temperature": age_temperature}
+    s = with_levels(rows, staleness_coef=coef, eps=0.3, **transforms, **temperatures)
+    p, drawn_at, hits = s.weights(), s._drawn_at.copy(), np.zeros(60)
     for _ in range(n):
         hits[s.sample(replay=True)] += 1
         s._clock, s._drawn_at[:] = 100, drawn_at
-    assert len(exact) < 0.01 * n if path == "rejection" else len(exact) > 0.6 * n  # the common path reads no array
+    assert hits[p == 0].sum() == 0 and (p == 0).sum() >= 6
     big = n * p >= 5
     got, want = (np.append(x[big], x[~big].sum()) for x in (hits, n * p))
-    assert hits[p == 0].sum() == 0
     assert ((got - want) ** 2 / np.maximum(want, 1e-9)).sum() < big.sum() + 4 * np.sqrt(2 * big.sum())
+
+
+def test_no_draw_falls_on_a_weight_of_0_at_the_edges():
+    """The generator's largest and smallest number, on weights that end and begin with 0."""
+    largest = 1 - 2**-53
+    for size in (3, 7, 49, 1000):
+        weights = np.random.default_rng(size).random(size)
+        weights[[0, -1]] = 0
+        assert invert(np.cumsum(weights), np.array([0.0, largest])).tolist() == [1, size - 2]
+
+
+@pytest.mark.parametrize("kind", ["fixed", "buffer", "sequential"])
+@given(SEEDS, st.sampled_from([None, True, False]), st.sampled_from(TRANSFORMS), st.sampled_from([0.0, 0.4, 1.0]))
+@settings(repeatable, max_examples=40)
+def test_many_levels_are_drawn_as_one_by_one(kind, seed, replay, staleness_kind, coef):
+    """The same levels, and the same state after it, generator included; also from a level space that is nearly full."""
+    options = {"staleness_transform": staleness_kind, "staleness_coef": coef, "rho": 0.2, "nu": seed % 3 / 2}
+    options |= {"replay_schedule": ("fixed", "proportionate")[seed % 2], "temperature": 1.0}
+    if kind == "buffer":
+        options |= {"level_space": (8, 1000, 2**40)[seed % 3]}
+    s, rng = make(kind, size=6, envs=30, seed=seed, **options), np.random.default_rng(seed)
+    fill(s, range(seed % 5 + 1), rng.random(seed % 5 + 1))
+    s.playing[::7] = -1
+    for levels in (None, rng.integers(6, size=30), None):
+        one_by_one, mask = copy.deepcopy(s), rng.random(30) < 0.7
+        s.next_levels(mask, replay, levels)
+        for i in np.flatnonzero(mask):
+            one_by_one.next_levels(np.arange(30) == i, replay, levels)
+        np.testing.assert_equal(s.state_dict(), one_by_one.state_dict())
+        np.testing.assert_array_equal(s.weights(), one_by_one.weights())
 
 
 def test_staleness_counts_draws():
@@ -450,7 +488,7 @@ def test_max_leaves_the_scores_alone():  # (D3) -inf written into the live score
     for level in (2, 3):
         play(s, [level], [1.0], [1])
         assert s.weights()[~s.seen].sum() == 0 and s.sample(replay=True) in (2, 3)
-    assert s.scores.tolist() == [0, 0, 0.5, 0.5, 0, 0] and s.weights().tolist() == [0, 0, 0.5, 0.5, 0, 0]
+    assert s.scores.tolist() == [0, 0, 0.5, 0.5, 0, 0] and s._score_weights().tolist() == [0.5, 0.5]
 
 
 @pytest.mark.parametrize("alpha, want", [(1.0, 6.0), (0.5, 4.90625)])
@@ -465,6 +503,13 @@ def test_unseen_levels_and_empty_slots_take_no_rank(kind):  # (dcd) their zeros 
     s = fill(make(kind, **RANK), [3, 5], [-2.0, -1.0])
     p = dict(zip(s.levels.tolist(), s.weights()))
     assert (p[3], p[5]) == pytest.approx((1 / 3, 2 / 3))
+
+
+def test_empty_slots_take_no_rank_of_staleness():  # a fixed set's unseen levels do, as published
+    s = buffer(6, staleness_coef=1.0, staleness_transform="rank")
+    for level in (3, 5, 3, 5, 3):  # the last draw was of 3; empty slots were never drawn
+        fill(s, [level], [0.0])
+    assert s.weights()[:2] == pytest.approx((1 / 3, 2 / 3))
 
 
 def test_scores_are_means_and_cut_episodes_weigh_by_steps():  # (R5, S3) sums for finished episodes, means for others
@@ -498,10 +543,10 @@ STEP_SCORES = {  # of (advantages, TD errors, R_max - V)
 }
 
 
-def steps_of(s, levels, values, next_values, rewards, dones, **options):
+def steps_of(scorer, levels, values, next_values, rewards, dones):
     """Feeds rows (T, N) one by one; the records of all episodes that ended."""
     rows = zip(*(np.asarray(x) for x in (levels, values, next_values, rewards, dones)))
-    return np.concatenate([s.step(*row, **{**GAE, **options}) for row in rows]).view(np.recarray)
+    return np.concatenate([scorer.step(*row) for row in rows]).view(np.recarray)
 
 
 def test_a_six_step_episode_by_hand():  # (R4)
@@ -512,12 +557,12 @@ def test_a_six_step_episode_by_hand():  # (R4)
     rewards = np.array([[0, 9], [1, 9], [0, 9], [-1, 9], [1, 9], [3, 9]], np.float32)
     # TD errors with gamma = 1/2: 0, -1, 2, -4, 0, 1; advantages with gamma * lambda = 1/4, from the end:
     # 1, 0.25, -3.9375, 1.015625, -0.74609375, -0.1865234375
-    options = {"gamma": 0.5, "gae_lambda": 0.5}
-    (episode,) = steps_of(s, levels, values, next_values, rewards, dones, **options)
+    scorer = StepScorer(s, gamma=0.5, gae_lambda=0.5)
+    (episode,) = steps_of(scorer, levels, values, next_values, rewards, dones)
     mean = (1 + 0.25 + 3.9375 + 1.015625 + 0.74609375 + 0.1865234375) / 6
     assert episode.tolist() == (0, 2, 6, pytest.approx(mean), pytest.approx(3.9375), True, 4)
     assert s.scores[2] == pytest.approx(mean) and s.seen.tolist() == [False, False, True] and s.best_returns([2]) == 4
-    (episode,) = s.step([2, 1], [0, 0], [0, 7], [0, 0], [0, 1], **options)  # truncated: its own next value counts
+    (episode,) = scorer.step([2, 1], [0, 0], [0, 7], [0, 0], [0, 1])  # truncated: its own next value counts
     assert episode.tolist()[:3] == (1, 1, 7) and episode.total_reward == 54
     last = 0.5 * 7  # and the six before have TD error 9 each: advantages 12 - 3 / 4 ** k + 3.5 / 4 ** k, k steps left
     want = [last, *(12 * (1 - 0.25**k) + last * 0.25**k for k in range(1, 7))]
@@ -549,37 +594,42 @@ def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, sa
             regrets[played, i] = whole.best_returns(levels[t, i]) - values[played, i]
             total[i] = 0
     want = whole.update(levels, STEP_SCORES[score](advantages, deltas, regrets), dones)
-    got = []
+    got, scorer = [], StepScorer(online, **GAE, score=STEP_SCORES[score])
     for t in range(steps):
         if t in saves:
-            state, online = through_torch(online.state_dict()), fixed(2 * envs, envs, alpha=0.7, seed=7)
+            state, open_episodes = through_torch(online.state_dict()), through_torch(scorer.state_dict())
+            online = fixed(2 * envs, envs, alpha=0.7, seed=7)
             online.load_state_dict(state)
-        row = levels[t], values[t], next_values[t], rewards[t], dones[t]
-        got += online.step(*row, **GAE, score=STEP_SCORES[score]).tolist()
+            scorer = StepScorer(online, **GAE, score=STEP_SCORES[score])
+            scorer.load_state_dict(open_episodes)
+        got += scorer.step(levels[t], values[t], next_values[t], rewards[t], dones[t]).tolist()
     assert all(a[:3] == b[:3] for a, b in zip(sorted(got, key=lambda x: x[0]), want.tolist(), strict=True))
     numbers = [[episode[3:5] for episode in x] for x in (sorted(got, key=lambda x: x[0]), want.tolist())]
     np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6)
     np.testing.assert_allclose(online.scores, whole.scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose(online.best_return, whole.best_return)
     assert sum(episode[6] for episode in got) == pytest.approx(rewards.sum()) and "open" not in online.state_dict()
+    assert len(scorer.state_dict()["steps"]) == 0  # nothing is left of episodes that have ended
 
 
 def test_steps_are_value_l1_unless_told_otherwise():
     a, b = fixed(), fixed()
     row = [0], [1.0], [0.0], [0.3], [True]
-    assert a.step(*row, **GAE).tolist() == b.step(*row, **GAE, score=STEP_SCORES["value_l1"]).tolist()
+    told = StepScorer(b, **GAE, score=STEP_SCORES["value_l1"])
+    assert StepScorer(a, **GAE).step(*row).tolist() == told.step(*row).tolist()
     assert a.scores[0] == pytest.approx(0.7)
 
 
 def test_new_levels_enter_the_buffer_step_by_step():
     s = buffer(4, 3, nu=0.5, rho=0.5)
     s.next_levels(np.ones(3, bool))
-    rng = np.random.default_rng(0)
+    rng, scorer = np.random.default_rng(0), StepScorer(s, **GAE)
     for _ in range(500):
         done = rng.random(3) < 0.3
-        s.step(s.playing, *rng.random((3, 3)), done, **GAE)
+        scorer.step(s.playing, *rng.random((3, 3)), done)
         s.next_levels(done)
-        assert balanced(s) and len(s._staged) <= 3 and s._open.keys() <= {0, 1, 2}
+        assert balanced(s) and len(s._candidates) <= 3
+        assert (scorer.state_dict()["num_steps"][done] == 0).all()
     assert s.seen.all() and s.counts["evicted"] > 10 and s.counts["replayed"] > 100
     assert s.counts["late"] < 0.1 * s.counts["completed"]  # replayed in one environment, evicted because of another
 
@@ -587,10 +637,12 @@ def test_new_levels_enter_the_buffer_step_by_step():
 def test_dropped_steps_are_never_scored():  # (R10)
     s = fixed(3, 2)
     s.next_levels([True, True], levels=[0, 1])
-    s.step([0, 1], [0, 0], [0, 0], [9, 1], [0, 0], **GAE)
-    s.drop([True, False])
+    scorer = StepScorer(s, gamma=1.0, gae_lambda=1.0)
+    scorer.step([0, 1], [0, 0], [0, 0], [9, 1], [0, 0])
+    scorer.drop([True, False])  # in the sampler too
+    assert s.counts["dropped"] == 1 and s.playing.tolist() == [-1, 1]
     s.next_levels([True, False], levels=[0, 0])
-    episodes = s.step([0, 1], [0, 0], [0, 0], [1, 1], [1, 1], gamma=1.0, gae_lambda=1.0)
+    episodes = scorer.step([0, 1], [0, 0], [0, 0], [1, 1], [1, 1])
     assert episodes.steps.tolist() == [1, 2] and s.scores.tolist() == [1, 1.5, 0]
     assert s.best_returns([0, 1]).tolist() == [1, 2] and balanced(s)
 
@@ -601,7 +653,7 @@ def test_dropped_new_levels_are_forgotten():  # (R11) for those who report finis
         s.next_levels([True, True])
         s.update_scores(s.playing[:1], [k])
         s.drop([False, True])
-    assert len(s._staged) == 0 and s.counts["dropped"] == 100 and s.counts["late"] == 0 and balanced(s)
+    assert len(s._candidates) == 0 and s.counts["dropped"] == 100 and s.counts["late"] == 0 and balanced(s)
 
 
 # ---- ledger ----------------------------------------------------------------------------------------------------------
@@ -801,7 +853,7 @@ def test_a_new_level_with_a_score_of_0_or_less_enters(score):  # (D8) such tails
     s = buffer(3)
     level = s.next_levels([True])[0]
     play(s, [level] * 2, [score] * 2, [0, 0])
-    assert known(s) == {level: score} and len(s.state_dict()["staged"]) == 0
+    assert known(s) == {level: score} and len(s._candidates) == 0
 
 
 @pytest.mark.parametrize("kind", ["buffer", "stitched"])
@@ -811,13 +863,14 @@ def test_memory_is_bounded_and_ids_are_unique(kind):  # (R11)
     for _ in range(1500):
         loop.rollout()
         kept = s.levels[s.levels >= 0]
-        assert len(s._staged) <= 4 and len(np.unique(kept)) == len(kept) and not set(kept.tolist()) & set(s._staged)
+        assert len(s._candidates) <= 4 and not set(kept.tolist()) & set(s._candidates)
+        assert len(np.unique(kept)) == len(kept)
     assert s.counts["new"] > 6000 and s.counts["evicted"] > 100
 
 
 def test_a_new_level_in_play_may_be_dealt_again():  # a small level space would leave none, and a loop without end
     s, draws = fill(buffer(3, 8, level_space=4), [0, 1, 2], [1, 1, 1]), iter([0, 1, 2, 3] * 8)
-    s.rng = SimpleNamespace(integers=lambda n: next(draws))
+    s.rng = SimpleNamespace(integers=lambda n, size: np.array(list(itertools.islice(draws, size))))
     assert s.next_levels(np.ones(8, bool), replay=False).tolist() == [3] * 8
 
 
@@ -837,6 +890,94 @@ def test_no_level_is_not_a_level():
     assert not s.seen.any() and s.num_seen == 0 and balanced(s)
 
 
+# ---- large level ids -------------------------------------------------------------------------------------------------
+
+# They went through float64, which has no 2**53 + 1, and searchsorted makes float64 of uint64 beside int64.
+LARGE = [2**53, 2**53 + 1, 2**53 + 2, 2**62 + 1, 2**63 - 2, 2**63 - 1]
+
+
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64])
+@pytest.mark.parametrize("kind", ["fixed", "buffer"])
+@pytest.mark.parametrize("feed", ["update", "stitched", "update_scores", "StepScorer"])
+def test_large_levels_stay_apart(kind, dtype, feed):
+    levels, scores = np.array(LARGE, dtype), np.arange(6.0)
+    space = {"levels": levels} if kind == "fixed" else {"buffer_size": 6}
+    s = LevelSampler(**space, num_envs=6, seed=1, stitch_episodes=feed == "stitched", alpha=0.5)
+    s.next_levels(np.ones(6, bool), levels=levels)
+    assert s.playing.tolist() == LARGE
+    s.record_returns(levels, scores - 1)
+    if feed == "update":
+        s.update([levels], [scores], np.ones((1, 6)))
+    elif feed == "stitched":
+        s.update([levels], [scores], np.zeros((1, 6)))
+        s.update([levels], [scores], np.ones((1, 6)))
+    elif feed == "update_scores":
+        s.update_scores(levels, scores)
+    else:
+        scorer = StepScorer(s, gamma=0.0, gae_lambda=0.0)
+        scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.zeros(6))
+        saved, scorer = through_torch(scorer.state_dict()), StepScorer(s, gamma=0.0, gae_lambda=0.0)
+        scorer.load_state_dict(saved)
+        assert scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.ones(6)).level.tolist() == LARGE
+    alpha = 0.5 if kind == "fixed" else 1  # a new level's first score is its mean
+    assert known(s) == dict(zip(LARGE, (alpha * scores).tolist())) and s.counts["late"] == 0
+    best = scores - 1 if feed != "StepScorer" else np.maximum(scores - 1, 2 * scores)
+    assert s.best_returns(levels[None], -9.0).tolist() == [best.tolist()]
+    assert s.best_returns(levels[1], -9.0) == best[1]
+
+
+def test_a_tail_is_not_resumed_by_the_next_large_level():
+    s = LevelSampler(LARGE, num_envs=1, seed=1, stitch_episodes=True)
+    play(s, [2**53 + 1], [5.0], [0])
+    assert play(s, [2**53], [1.0], [1]).steps.tolist() == [1]
+
+
+@pytest.mark.parametrize("kind", ["buffer", "stitched"])
+def test_a_large_level_space_is_scored_and_restored(kind):
+    small, a = (Loop(make(kind, size=50, envs=8, level_space=n), steps=4, score_tails=False) for n in (2**31, 2**62))
+    for _ in range(60):
+        small.rollout(), a.rollout()
+    for count in ("late", "evicted", "completed"):
+        assert a.s.counts[count] == pytest.approx(small.s.counts[count], rel=0.2) and a.s.counts[count] > 50
+    b = copy.deepcopy(a)
+    b.s = make(kind, size=50, envs=8, level_space=2**62, seed=2)
+    b.s.load_state_dict(through_torch(a.s.state_dict()))
+    assert len(a.s._candidates) > 0
+    for _ in range(10):
+        a.rollout(), b.rollout()
+    assert a.draws == b.draws
+    np.testing.assert_equal(b.s.state_dict(), a.s.state_dict())
+
+
+@pytest.mark.parametrize("kind", ["fixed", "buffer"])
+@pytest.mark.parametrize("bad", ["negative", "uint64", "beyond", "half", "nan", "rounded", "float32", "bool", "text"])
+def test_what_is_no_level_is_refused(kind, bad):
+    """uint64 numbers from 2**63 on became negative, halves the level below, nan -2**63."""
+    values = {"negative": [-1], "uint64": np.array([2**63], np.uint64), "beyond": [2**64], "half": [0.5]}
+    values |= {"nan": [math.nan], "rounded": [2.0**53], "float32": np.array([2**24], np.float32)}
+    values |= {"bool": [True], "text": ["1"]}
+    level = values[bad]
+    s = fill(make(kind, size=3), [0, 1], [1.0, 2.0])
+    scorer, row = StepScorer(s, **GAE), ([0.0], [0.0], [0.0], [False])
+    calls = [
+        lambda: s.next_levels([True], levels=level), lambda: s.update([level], [[1.0]], [[True]]),
+        lambda: s.update_scores(level, [1.0]), lambda: s.record_returns(level, [1.0]), lambda: s.best_returns(level),
+        lambda: scorer.step(level, *row), lambda: LevelSampler(level, num_envs=1, seed=1),
+    ]  # fmt: skip
+    before = copy.deepcopy((s.state_dict(), scorer.state_dict()))
+    for call in calls:
+        with pytest.raises(ValueError, match="levels must be integers from 0 to 2\\*\\*63 - 1, not"):
+            call()
+    np.testing.assert_equal((s.state_dict(), scorer.state_dict()), before)
+
+
+def test_levels_may_come_as_floats_that_are_integers():
+    s = fixed(3)
+    play(s, [2.0, 2.0], [0.5, 1.5], [0, 1])
+    s.record_returns(np.array([2], np.float32), [3.0])
+    assert known(s) == {2: 1.0} and s.best_returns([2.0]) == 3.0
+
+
 # ---- MaxMC -----------------------------------------------------------------------------------------------------------
 
 
@@ -847,6 +988,18 @@ def test_best_return_is_the_highest_so_far(kind):
     s.record_returns(np.array([0]), np.array([-4.0]))
     assert s.best_returns(np.array([[0, 1], [2, 0]]), default=-9.0).tolist() == [[-3, -2], [-9, -3]]
     assert s.best_returns(np.array([2])).tolist() == [0]
+
+
+def test_best_returns_of_candidates_and_of_the_buffer_at_once():
+    s = fill(buffer(20, 8, level_space=100), range(0, 40, 2), range(20))
+    candidates = [71, 3, 33, 5, 97, 51, 49, 1]
+    s.next_levels(np.ones(8, bool), levels=candidates)
+    best = {level: -level / 7 for level in (*range(0, 40, 4), *candidates[:-1])}
+    s.record_returns(list(best), list(best.values()))
+    levels = np.random.default_rng(0).integers(100, size=(30, 40))
+    want = [[best.get(level, 9.0) for level in row] for row in levels.tolist()]
+    assert s.best_returns(levels, 9.0).tolist() == want
+    assert s.best_returns(levels[0, 0], 9.0) == want[0][0] and s.best_returns([], 9.0).tolist() == []
 
 
 def test_best_return_follows_the_level():
@@ -884,6 +1037,7 @@ BAD_OPTIONS = [
     ({"buffer_size": 3}, "buffer_size"),
     ({"levels": None, "buffer_size": -3}, "buffer_size"),
     ({"levels": None, "buffer_size": 8, "level_space": 8}, "level_space"),  # no new level could ever be found
+    ({"levels": None, "buffer_size": 8, "level_space": 2**63}, "level_space"),  # int64 cannot hold all of them
 ]
 
 
@@ -895,10 +1049,23 @@ def test_bad_options_are_named(options, name):
 
 ZEROS, DONE = np.zeros((3, 2)), np.ones((3, 2))
 NAN_TAIL = np.array([[1, 1], [1, 1], [1, np.nan]])
+MT19937 = np.random.MT19937(1).state
+
+
+def changed(s, part, name, value):
+    """The sampler's state with one array replaced, or left out."""
+    state = s.state_dict()
+    state[part][name] = value
+    if value is None:
+        del state[part][name]
+    return state
+
+
 BAD_CALLS = {
     "done": ("done", lambda s: s.next_levels([True])),
     "done scalar": ("done", lambda s: s.next_levels(True)),
     "explicit levels": ("levels", lambda s: s.next_levels([True, True], levels=[0])),
+    "explicit levels, none done": ("levels", lambda s: s.next_levels([False, False], levels=[0])),
     "drop": ("shape", lambda s: s.drop([True])),
     "update envs": ("levels.*shape", lambda s: s.update(ZEROS[:, :1], ZEROS[:, :1], ZEROS[:, :1])),
     "update 1-d": ("levels.*shape", lambda s: s.update(ZEROS[0], ZEROS[0], ZEROS[0])),
@@ -910,10 +1077,6 @@ BAD_CALLS = {
     "update nan tail": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS)),
     "update nan tail left out": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS, score_tails=False)),
     "level changes": ("level changes", lambda s: s.update([[0, 0], [0, 1], [0, 1]], ZEROS, ZEROS)),
-    "step shape": ("shape", lambda s: s.step([2], [0], [0], [0], [0], **GAE)),
-    "step nan": ("finite", lambda s: s.step([2, 2], [0, 0], [0, math.nan], [0, 0], [0, 0], **GAE)),
-    "step unknown": ("level 7", lambda s: s.step([2, 7], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)),
-    "step level changes": ("level changes", lambda s: s.step([2, 1], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)),
     "update_scores": ("scores", lambda s: s.update_scores([0, 1], [0.5])),
     "update_scores 2-d": ("scores", lambda s: s.update_scores([[0, 1]], [[0.5, 0.5]])),
     "record_returns": ("returns", lambda s: s.record_returns([0, 1], [0.5])),
@@ -927,6 +1090,13 @@ BAD_CALLS = {
     "unknown best return": ("level 7", lambda s: s.best_returns([7])),
     "other state": ("state", lambda s: s.load_state_dict(make("fixed", size=3, envs=1).state_dict())),
     "other levels": ("state", lambda s: s.load_state_dict(LevelSampler([0, 1, 3], num_envs=2, seed=1).state_dict())),
+    "no state": ("state", lambda s: s.load_state_dict({})),
+    "an older state": ("state", lambda s: s.load_state_dict({**s.state_dict(), "staged": np.zeros((0, 3))})),
+    "part of a state": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "_tail_sum", None))),
+    "other types": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "_tail_level", np.full(2, -1.0)))),
+    "other shape": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "scores", np.zeros(2)))),
+    "other generator": ("state", lambda s: s.load_state_dict({**s.state_dict(), "rng": MT19937})),
+    "torn candidates": ("state", lambda s: s.load_state_dict(changed(s, "candidates", "levels", np.arange(2)))),
     "state of a set": ("state", lambda s: buffer(3, 2).load_state_dict(s.state_dict())),
 }
 
@@ -937,11 +1107,42 @@ def test_bad_calls_are_named_and_change_nothing(name, stitch):
     message, call = BAD_CALLS[name]
     s = fixed(3, 2, stitch_episodes=stitch)
     s.update([[2, 2]], [[1, 1]], [[0, 0]], score_tails=False)  # leaves open tails if stitched
-    s.step([2, 2], [0, 0], [0, 0], [0, 0], [0, 0], **GAE)  # leaves open episodes
     before = s.state_dict()
     with pytest.raises(ValueError, match=message):
         call(s)
     np.testing.assert_equal(s.state_dict(), before)
+
+
+BAD_STEPS = {
+    "shape": ("shape", lambda x: x.step([2], [0], [0], [0], [0])),
+    "nan": ("finite", lambda x: x.step([2, 2], [0, 0], [0, math.nan], [0, 0], [0, 0])),
+    "infinite": ("finite", lambda x: x.step([2, 2], [0, 0], [0, 0], [0, math.inf], [0, 0])),
+    "unknown": ("level 7", lambda x: x.step([2, 7], [0, 0], [0, 0], [0, 0], [0, 0])),
+    "level changes": ("level changes", lambda x: x.step([2, 1], [0, 0], [0, 0], [0, 0], [0, 0])),
+    "drop": ("shape", lambda x: x.drop([True])),
+    "other state": ("state", lambda x: x.load_state_dict(StepScorer(fixed(3), **GAE).state_dict())),
+    "state of the sampler": ("state", lambda x: x.load_state_dict(x.sampler.state_dict())),
+    "state cut short": ("state", lambda x: x.load_state_dict({**x.state_dict(), "steps": np.zeros((1, 3))})),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STEPS)
+def test_bad_steps_are_named_and_change_nothing(name):
+    message, call = BAD_STEPS[name]
+    scorer = StepScorer(fixed(3, 2), **GAE)
+    scorer.step([2, 2], [0, 0], [0, 0], [0, 0], [0, 0])  # leaves open episodes
+    before = scorer.state_dict(), scorer.sampler.state_dict()
+    with pytest.raises(ValueError, match=message):
+        call(scorer)
+    np.testing.assert_equal((scorer.state_dict(), scorer.sampler.state_dict()), before)
+
+
+@pytest.mark.parametrize("kind, want", [("max", [0, 0, 0.5, 0.5]), ("eps_greedy", [1 / 19, 0, 17 / 19, 1 / 19])])
+def test_the_stalest_of_the_seen_levels_is_the_maximum(kind, want):
+    """It was that of all levels: with an unseen one the stalest, all seen levels were alike."""
+    rows = [(0, True, 4), (0, False, 99), (0, True, 7), (0, True, 7)]
+    s = with_levels(rows, staleness_coef=1.0, staleness_transform=kind, eps=0.2)
+    np.testing.assert_allclose(s.weights(), want)
 
 
 def test_power_refuses_negative_scores():

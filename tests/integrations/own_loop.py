@@ -13,7 +13,7 @@ import combination_locks  # noqa: F401  registers the environment
 import gymnasium as gym
 import numpy as np
 
-from plr_sampler import LevelSampler
+from plr_sampler import LevelSampler, StepScorer
 
 N, T, GAMMA, LAMBDA = 4, 64, 0.95, 0.95  # environments, steps per rollout
 
@@ -58,7 +58,8 @@ def whole_rollouts(sampler: LevelSampler, rollouts: int) -> None:
 
 
 def step_by_step(sampler: LevelSampler, steps: int) -> list[tuple]:
-    """You keep no rollout: `step` takes what one step of the environments gives, and scores episodes as they end."""
+    """You keep no rollout: `StepScorer` takes what one step gives, and scores episodes as they end."""
+    scorer = StepScorer(sampler, gamma=GAMMA, gae_lambda=LAMBDA)
     envs, rng, episodes = make_envs(), np.random.default_rng(1), []
     levels = sampler.next_levels(np.ones(N, bool))
     obs, _ = envs.reset(seed=levels.tolist())
@@ -67,7 +68,7 @@ def step_by_step(sampler: LevelSampler, steps: int) -> list[tuple]:
         obs, rewards, terminations, truncations, _ = envs.step(act(obs, rng))
         dones = terminations | truncations
         next_values = value(obs) * ~terminations  # a truncated episode's last observation has a value
-        ended = sampler.step(levels, values, next_values, rewards, dones, gamma=GAMMA, gae_lambda=LAMBDA)
+        ended = scorer.step(levels, values, next_values, rewards, dones)
         episodes += ended.tolist()  # (env, level, steps, mean score, maximum, True, return) of each episode that ended
         if dones.any():
             levels = sampler.next_levels(dones)

@@ -82,7 +82,7 @@ def test_one_sampler_serves_many_workers():  # (R1)
     assert sampler.counts["completed"] == own_loop.N * 300 and (sampler.playing >= 0).all()
     # whatever the order, every score has arrived: a lock without digits on show fails more often than not
     assert sampler.num_seen == sampler.counts["new"] - len(set(sampler.playing.tolist()) - set(sampler.levels.tolist()))
-    assert sampler.counts["late"] == 0 and len(sampler._staged) <= own_loop.N
+    assert sampler.counts["late"] == 0 and len(sampler._candidates) <= own_loop.N
 
 
 # ---- CleanRL ---------------------------------------------------------------------------------------------------------
