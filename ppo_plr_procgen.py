@@ -1122,9 +1122,11 @@ def running_sums(
     """Sums over the steps of each episode: before (N,) of earlier rollouts, x (T, N), ended (T, N)
     bool. Returns the sums up to each step (T, N) float64, and what goes on (N,)."""
     sums = np.zeros(x.shape)
+    goes_on = 1.0 - ended
     for t in range(len(x)):
-        sums[t] = before * decay + x[t]
-        before = np.where(ended[t], 0.0, sums[t])
+        np.multiply(before, decay, out=sums[t])
+        sums[t] += x[t]
+        before = sums[t] * goes_on[t]
     return sums, before
 
 

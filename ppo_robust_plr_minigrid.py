@@ -347,7 +347,6 @@ def train(args: Args, run: "Run") -> None:
 
     envs = make_envs(args, n, device)
     agent = Agent(envs, args.precision).to(device)
-    decide = maybe_compile(agent.act, args)
     optimizer = make_optimizer(agent, args, device)
     sampler = make_sampler(args)
 
@@ -356,13 +355,13 @@ def train(args: Args, run: "Run") -> None:
     next_obs, _ = envs.reset(seed=0)  # every later observation is copied to these tensors
     images = torch.zeros((T, *next_obs["image"].shape), dtype=torch.uint8, device=device)
     directions = torch.zeros((T, n), dtype=torch.int64, device=device)
-    begins = torch.zeros((T, n), dtype=torch.bool, device=device)  # images[t] begins an episode
+    begins = torch.zeros((T, n), device=device)  # 1: images[t] begins an episode
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
     logits = torch.zeros((T, n, num_actions), device=device)  # normalised: log-probabilities
     logprobs = torch.zeros((T, n), device=device)
     values = torch.zeros((T + 1, n), device=device)  # values[T]: of what follows the rollout
     noise = torch.zeros((N, num_actions), device=device)  # the same in every process
-    next_begins = torch.ones(n, dtype=torch.bool, device=device)
+    next_begins = torch.ones(n, device=device)
     lstm_state = torch.zeros((2, n, 256), device=device)  # h and c
     outcome = torch.zeros((3, n), device=device)  # of a step: reward, terminated, truncated
     step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
@@ -375,13 +374,10 @@ def train(args: Args, run: "Run") -> None:
     run.storage = {"images": images, "directions": directions, "actions": actions}
     run.storage |= {"logits": logits, "values": values, "rewards": rewards, "levels": levels}
 
-    # the package's environments do not step on the device
-    @functools.partial(CudaGraph, enabled=run.graphs and args.env_id == "maze")
-    def act_and_step() -> None:
+    def decide_and_step() -> None:
         """A step of the policy and of the environments, which goes into the storage."""
-        noise.exponential_()
-        state = lstm_state * ~next_begins[:, None]
-        action, value, logit, state = decide(next_obs, state, noise[own])
+        state = lstm_state * (1.0 - next_begins[:, None])
+        action, value, logit, next_state = agent.act(next_obs, state, noise[own])
         seen = ((images, next_obs["image"]), (directions, next_obs["direction"]))
         decided = ((actions, action), (logits, logit), (values, value))
         for storage, x in (*seen, (begins, next_begins), *decided):
@@ -390,14 +386,22 @@ def train(args: Args, run: "Run") -> None:
         phase("environment")
         obs, reward, terminations, truncations, _ = envs.step(action)
         overwrite(next_obs, obs)
-        torch.logical_or(terminations, truncations, out=next_begins)
-        torch.stack(state, out=lstm_state)
-        torch.stack((reward, terminations.float(), truncations.float()), out=outcome)
+        next_begins.copy_(terminations | truncations)
+        lstm_state.copy_(torch.stack(next_state))
+        outcome.copy_(torch.stack((reward, terminations.float(), truncations.float())))
+
+    decide_and_step = maybe_compile(decide_and_step, args)
+
+    # the package's environments do not step on the device
+    @functools.partial(CudaGraph, enabled=run.graphs and args.env_id == "maze")
+    def act_and_step() -> None:
+        noise.exponential_()
+        decide_and_step()
 
     @functools.partial(CudaGraph, enabled=run.graphs)
     def next_value() -> Tensor:
         """(n,) the critic's value of next_obs, in the episode so far."""
-        return decide(next_obs, lstm_state, noise[own])[1]
+        return agent.act(next_obs, lstm_state, noise[own])[1]
 
     # ---- b_targets: advantages, returns and values of all environments ----
     b_targets = torch.zeros((3, T, N), device=device)
@@ -442,7 +446,7 @@ def train(args: Args, run: "Run") -> None:
         next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
         obs, _ = envs.reset(seed=next_levels[own].tolist())
         overwrite(next_obs, obs)
-        next_begins.fill_(True)
+        next_begins.fill_(1.0)
         agent.prepare_to_act()
         step_on_device.zero_()
         for step in range(0, args.num_steps):
@@ -853,16 +857,19 @@ def shortest_paths(mazes: Mazes) -> np.ndarray:
     """(n,) int64 cells to go from the agent to the goal, by flood fill of all mazes at once; -1 if
     there is no path."""
     rows = np.arange(len(mazes.walls))
-    free = np.pad(~mazes.walls, ((0, 0), (1, 1), (1, 1)))
+    free = ~mazes.walls
     reached = np.zeros_like(free)
-    reached[rows, mazes.agent[:, 0] + 1, mazes.agent[:, 1] + 1] = True
+    reached[rows, mazes.agent[:, 0], mazes.agent[:, 1]] = True
     steps = np.full(len(rows), -1)
     for distance in itertools.count():
-        at_goal = reached[rows, mazes.goal[:, 0] + 1, mazes.goal[:, 1] + 1]
+        at_goal = reached[rows, mazes.goal[:, 0], mazes.goal[:, 1]]
         steps[(steps < 0) & at_goal] = distance
-        # rolling wraps around, but the borders are not free
-        around = [np.roll(reached, shift, axis) for shift in (-1, 1) for axis in (1, 2)]
-        grown = free & np.logical_or.reduce([reached, *around])
+        grown = reached.copy()
+        grown[:, 1:] |= reached[:, :-1]
+        grown[:, :-1] |= reached[:, 1:]
+        grown[:, :, 1:] |= reached[:, :, :-1]
+        grown[:, :, :-1] |= reached[:, :, 1:]
+        grown &= free
         if (grown == reached).all():
             return steps
         reached = grown
@@ -873,31 +880,6 @@ def maze_view(cells: Tensor, position: Tensor, direction: Tensor, view: Tensor) 
     seen = cells.take(position[:, None] + view.index_select(0, direction))  # (N, VIEW * VIEW)
     seen[:, VIEW // 2 * VIEW + VIEW - 1] = EMPTY  # MiniGrid does not show what the agent stands on
     return seen.view(torch.uint8).view(-1, VIEW, VIEW, 4)[..., :3]
-
-
-def maze_step(
-    actions: Tensor,
-    cells: Tensor,
-    position: Tensor,
-    direction: Tensor,
-    steps: Tensor,
-    max_steps: int,
-    turned: Tensor,
-    moved: Tensor,
-    view: Tensor,
-) -> tuple[Tensor, ...]:
-    """A step of N mazes, see MazeEnvs: a function of tensors, which torch.compile takes whole."""
-    what = torch.add(actions, direction, alpha=7)
-    direction = turned.take(what)
-    wanted = position + moved.take(what)
-    found = cells.take(wanted)  # an agent that stays finds its own cell: empty, or the goal
-    position = torch.where(found == WALL, position, wanted)
-    terminated = found == GOAL
-    steps = steps + 1
-    reward = 1 - 0.9 * (steps / max_steps)  # float64 until it is returned, as in Python
-    reward = (reward * terminated).float()
-    image = maze_view(cells, position, direction, view)
-    return image, position, direction, steps, reward, terminated, steps >= max_steps
 
 
 class MazeEnvs(gym.vector.VectorEnv):
@@ -916,7 +898,6 @@ class MazeEnvs(gym.vector.VectorEnv):
         max_steps: int = 250,
         num_walls: int = 25,
         vary_num_walls: bool = False,
-        compile: bool = False,
         cuda_graphs: bool = False,
     ):
         self.num_envs = num_envs
@@ -948,9 +929,6 @@ class MazeEnvs(gym.vector.VectorEnv):
         self.turned = torch.tensor(turned, device=device)  # (28,)
         self.moved = torch.tensor(moved, device=device)  # (28,)
         self.view = torch.tensor([self.view_cells(ahead, d) for d in range(4)], device=device)
-        self.maze_step = maze_step
-        if compile:
-            self.maze_step = torch.compile(maze_step, options={"size_asserts": False})
         self.generate = functools.partial(
             random_mazes, size=size, num_walls=num_walls, vary=vary_num_walls
         )
@@ -1039,22 +1017,19 @@ class MazeEnvs(gym.vector.VectorEnv):
         return self.obs, {}
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
-        image, position, direction, steps, *results = self.maze_step(
-            torch.as_tensor(actions, device=self.device),
-            self.cells,
-            self.position,
-            self.direction,
-            self.steps,
-            self.max_steps,
-            self.turned,
-            self.moved,
-            self.view,
-        )
-        self.image.copy_(image)
-        self.position.copy_(position)
-        self.direction.copy_(direction)
-        self.steps.copy_(steps)
-        return self.obs, *results, {}
+        actions = torch.as_tensor(actions, device=self.device)
+        what = torch.add(actions, self.direction, alpha=7)
+        wanted = self.position + self.moved.take(what)
+        # an agent that stays finds its own cell: empty, or the goal
+        found = self.cells.take(wanted)
+        terminated = found == GOAL
+        self.position.copy_(torch.where(found == WALL, self.position, wanted))
+        self.direction.copy_(self.turned.take(what))
+        self.steps.add_(1)
+        reward = 1 - 0.9 * (self.steps / self.max_steps)  # float64 here, as in Python
+        reward = (reward * terminated).float()
+        self.image.copy_(maze_view(self.cells, self.position, self.direction, self.view))
+        return self.obs, reward, terminated, self.steps >= self.max_steps, {}
 
     def frame(self) -> np.ndarray:
         """(H, W, 3) uint8: the first environment as the package draws it."""
@@ -1110,7 +1085,6 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
         args.max_steps,
         args.num_walls,
         args.vary_num_walls,
-        args.compile,
         args.cuda_graphs and device.type == "cuda",
     )
 
@@ -1650,9 +1624,11 @@ def running_sums(
     """Sums over the steps of each episode: before (N,) of earlier rollouts, x (T, N), ended (T, N)
     bool. Returns the sums up to each step (T, N) float64, and what goes on (N,)."""
     sums = np.zeros(x.shape)
+    goes_on = 1.0 - ended
     for t in range(len(x)):
-        sums[t] = before * decay + x[t]
-        before = np.where(ended[t], 0.0, sums[t])
+        np.multiply(before, decay, out=sums[t])
+        sums[t] += x[t]
+        before = sums[t] * goes_on[t]
     return sums, before
 
 
