@@ -19,8 +19,8 @@ from typing import Annotated, Any, NamedTuple
 import matplotlib
 import numpy as np
 import tyro
-from collect import ROOT, RUNS, millions, settings
-from launch import refuse
+from collect import millions, settings
+from common import ROOT, RUNS, refuse
 from scipy import stats
 
 matplotlib.use("Agg")

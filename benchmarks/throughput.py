@@ -31,7 +31,8 @@ import numpy as np
 import torch
 import tyro
 from peers import BLOCK, cleanrl, jaxued
-from sampler import cpu_name, markdown, write_csv
+from common import cpu_name, write_csv
+from sampler import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
