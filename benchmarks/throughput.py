@@ -32,7 +32,7 @@ import torch
 import tyro
 from peers import BLOCK, cleanrl, jaxued
 from common import cpu_name, write_csv
-from sampler import markdown
+from common import markdown
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt

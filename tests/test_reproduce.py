@@ -124,12 +124,12 @@ def run_dir(finished_run, tmp_path) -> Path:
 
 def test_a_copy_has_the_results_and_where_they_are_from(run_dir, tmp_path):
     copy = collect.collect(run_dir, tmp_path / "results", start=START, note="slow disk")
-    assert copy.name.startswith("fruitbot_plr_0.00038M_seed1_num_levels=5_")
+    args = json.loads((run_dir / "args.json").read_text())
+    assert copy.name == collect.default_name(args) and copy.name.startswith("fruitbot_plr_")
     assert json.loads((copy / "run.json").read_text()) == {"starts": [START], "note": "slow disk"}
     for name in ("result.json", "evaluations.csv", "progress.csv"):
         assert (copy / name).read_text() == (run_dir / name).read_text()
-    args = json.loads((run_dir / "args.json").read_text()) | {"run_dir": "run"}
-    assert json.loads((copy / "args.json").read_text()) == args
+    assert json.loads((copy / "args.json").read_text()) == args | {"run_dir": "run"}
     assert {x.name for x in copy.iterdir()} <= {x.name for x in run_dir.iterdir()} | {"run.json"}
     assert not (copy / "checkpoint.pt").exists()
 
