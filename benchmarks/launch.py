@@ -42,7 +42,7 @@ BATCH = """\
 #SBATCH --requeue
 {options}
 trap : TERM  # a job that is ended waits for its checkpoint
-export SRUN_CPUS_PER_TASK=$SLURM_CPUS_PER_TASK
+export SRUN_CPUS_PER_TASK=${{SLURM_CPUS_PER_TASK:-1}}
 runs=({runs})
 srun {launch} --work "${{runs[$SLURM_ARRAY_TASK_ID]}}"
 """

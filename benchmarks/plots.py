@@ -63,7 +63,7 @@ def finish(figure: Figure, section, looks: dict[str, dict[str, Any]]) -> Figure:
     for label, look in looks.items():
         entries.append(Line2D([], [], label=label, **({"color": "0.25"} | look)))
     longest = max(len(entry.get_label()) for entry in entries)
-    columns = max(1, round(11 * figure.get_figwidth()) // (longest + 7))  # 11 letters in an inch
+    columns = max(1, round(12 * figure.get_figwidth()) // (longest + 7))  # 12 letters in an inch
     figure.legend(handles=entries, loc="outside upper center", ncols=columns, frameon=False)
     for axis in figure.axes:
         if axis.get_xlabel() in ("environment steps", "gradient updates"):

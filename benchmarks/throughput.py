@@ -18,6 +18,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from math import isnan, nan
 from pathlib import Path
 from statistics import harmonic_mean, median
 from typing import NamedTuple
@@ -98,7 +99,6 @@ def measure(checkout: Path, setting: Setting, limit: float) -> float:
 def contenders(args: Args) -> dict[str, Callable[[], float]]:
     """Name in the table -> one measurement, in the order of their turns."""
     found: dict[str, Callable[[], float]] = {}
-
     for name in args.settings:
         setting = SETTINGS[name]
         found[name] = partial(measure, ROOT, setting, args.limit)
@@ -116,7 +116,8 @@ def table(speeds: dict[str, list[float]]) -> str:
     """Medians over the rounds; ratios of each round to the other checkout's and to the peer's."""
     lines = [["", "steps/s", "rounds", "ratio to --against", "ratio to the peer"]]
     for name, rounds in speeds.items():
-        line = [name, f"{median(rounds):,.0f}", ", ".join(f"{speed:,.0f}" for speed in rounds)]
+        measured = [speed for speed in rounds if not isnan(speed)] or [nan]
+        line = [name, f"{median(measured):,.0f}", ", ".join(f"{speed:,.0f}" for speed in rounds)]
         peer = PEERS[SETTINGS[name].script] if name in SETTINGS else ""
         for other in (f"{name}, against", peer):
             pairs = zip(rounds, speeds.get(other, []))
@@ -150,13 +151,14 @@ def main() -> None:
         for name, measured in contenders(args).items():
             try:
                 speed = measured()
-                speeds.setdefault(name, []).append(speed)
                 said = f"{name}, round {i}: {speed:,.0f} steps/s"
             except (RuntimeError, OSError, subprocess.TimeoutExpired) as error:
+                speed = nan  # so that the others' ratios stay those of one round
                 said = f"{name}, round {i} failed: {str(error).splitlines()[0]}"
                 notes.append(said)
+            speeds.setdefault(name, []).append(speed)
             print(said, file=sys.stderr, flush=True)
-            if args.out and speeds:  # after each: whatever happens to the next
+            if args.out:  # after each: whatever happens to the next
                 rows = [{"contender": x, "steps_per_second": y} for x in speeds for y in speeds[x]]
                 write_csv(args.out / "throughput.csv", rows)
                 (args.out / "throughput.md").write_text(report(args, speeds, notes))

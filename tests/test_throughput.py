@@ -58,9 +58,10 @@ def test_a_run_is_measured_and_another_checkout_takes_turns_with_it(tmp_path, mo
     names = ["procgen", "procgen, against", "mazes"]
     assert turns == [f"{name}, round {i}" for i in (1, 2) for name in names]
     assert "| procgen | 300 | 300, 300 | 1.50, 1.50 |  |\n" in printed.out
+    assert "| mazes | 70 | 70, 70 | nan, nan |  |\n" in printed.out
     assert "- mazes, against, round 2 failed: no such flag\n" in printed.out
     assert "| procgen | 300 | 300, 300 |" in (tmp_path / "out/throughput.md").read_text()
-    assert (tmp_path / "out/throughput.csv").read_text().count("\n") == 1 + len(turns)
+    assert (tmp_path / "out/throughput.csv").read_text().count("\n") == 1 + 8
 
 
 def test_ratios_to_a_peer_are_of_the_same_round_and_script():
