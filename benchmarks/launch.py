@@ -127,10 +127,9 @@ def print_table(rows: list[dict[str, str]]) -> None:
 
 def last_words(output: str) -> str:
     """Why a command failed: what follows "error: ", or is first in tyro's box, or its last line."""
-    said = re.findall(r"^error: (.+)", output, re.MULTILINE) or re.findall(
-        r"╭.*\n│ (.+?) *│", output
-    )
-    return (said or re.findall(r".*\w.*", output) or ["it printed nothing"])[-1]
+    said = re.findall(r"^error: (.+)", output, re.MULTILINE)
+    boxed = re.findall(r"╭.*\n│ (.+?) *│", output)
+    return (said or boxed or re.findall(r".*\w.*", output) or ["it printed nothing"])[-1]
 
 
 def work(run_dir: Path) -> None:
@@ -187,9 +186,7 @@ def plan(args: Args) -> dict[Path, list[str]]:
     for word in args.values:
         name = word.partition("=")[0].replace("-", "_")
         if name in taken or not re.fullmatch(r"[\w-]+=[^,/\s]+(,[^,/\s]+)*", word):
-            refuse(
-                f"--values {word} must be NAME=VALUE,VALUE,..., each NAME once; --seeds has seeds."
-            )
+            refuse(f"--values {word} must be NAME=VALUE,VALUE,..., each NAME once, none the seed.")
         values[name] = word.partition("=")[2].split(",")
         taken.add(name)
     words = shlex.split(args.command)

@@ -277,7 +277,7 @@ def test_on_slurm_a_preempted_job_requeues_itself_and_a_cancelled_one_does_not(
         run_dir = out / f"seed={i + 1}"
         wait_for((run_dir / "progress.csv").exists)
         (queue / f"7_{i}").write_text(state)
-        (job,) = pids("--work", run_dir.name, sys.executable)
+        (job,) = pids("--work", run_dir.name, str(out))
         os.kill(job, number)
     wait_for(lambda: not list(queue.iterdir()))
     assert commands(out / "seed=1") == ["--run-dir", "--resume"]
