@@ -60,6 +60,11 @@ def finish(figure: Figure, section, looks: dict[str, dict[str, Any]]) -> Figure:
     for name, runs in section.variants.items():
         label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
         entries.append(Line2D([], [], lw=4, label=label, color=section.colors[name]))
+    for name in section.published:
+        if name not in section.variants:
+            entries.append(
+                Line2D([], [], lw=4, label=f"{name} (0 runs)", color=section.colors[name])
+            )
     for label, look in looks.items():
         entries.append(Line2D([], [], label=label, **({"color": "0.25"} | look)))
     longest = max(len(entry.get_label()) for entry in entries)
@@ -151,7 +156,7 @@ def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> 
                     band(axis, x, y.mean(0), stats.sem(y), color)
         for run in variant:
             if run.progress:
-                for kind, style in enumerate(("-", ":")):  # new levels, replayed ones
+                for kind, style in enumerate(("-", "--")):  # new levels, replayed ones
                     line = smoothed(run, "solved_rate", run.progress["replay"] == kind)
                     axes[2].plot(*line, color=color, ls=style, lw=1)
             if run.progress and run.args["curriculum"] != "dr":
@@ -169,7 +174,7 @@ def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> 
     axes[3].set(title="effective number of levels, exp(entropy)", ylabel="levels", ylim=(0, None))
     for axis in axes[2:]:
         axis.set_xlabel("environment steps")
-    looks: dict[str, dict[str, Any]] = {"new levels": {"ls": "-"}, "replayed levels": {"ls": ":"}}
+    looks: dict[str, dict[str, Any]] = {"new levels": {"ls": "-"}, "replayed levels": {"ls": "--"}}
     if max(map(len, section.variants.values())) > 1:
         looks["± s.e. over runs"] = BAND
     if section.published:
@@ -180,11 +185,12 @@ def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> 
 def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:
     """Solved rate in dcd's mazes: of each run, and the published mean with its standard error."""
     figure, (axis,) = panels(1, 1, 11, 4)
-    width = 0.8 / max(len(section.evaluated), 1)
-    for i, (name, runs) in enumerate(section.evaluated.items()):
+    names = list(dict.fromkeys([*section.published, *section.evaluated]))
+    width = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
         color = section.colors[name]
-        where = np.arange(len(mazes)) + width * (i - (len(section.evaluated) - 1) / 2)
-        for run in runs:
+        where = np.arange(len(mazes)) + width * (i - (len(names) - 1) / 2)
+        for run in section.evaluated.get(name, []):
             rates = [run.solved.get(maze, np.nan) for maze in mazes]
             axis.plot(where - width / 5, rates, "o", ms=6, color=color, alpha=0.6, mew=0)
         if name in section.published:
