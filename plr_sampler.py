@@ -117,8 +117,9 @@ def transform(
         w = ranks(x)[among] ** (-1 / temperature)
     elif kind == "power":
         y = np.maximum(y, 0) + offset
-        if y.max() > 0:
-            y = y / y.max()  # at most 1: no overflow
+        largest = y.max()
+        if largest > 0:
+            y /= largest  # at most 1: no overflow
         w = y ** (1 / temperature)
     else:
         w = np.exp((y - y.max()) / temperature)  # at most 1: no overflow
@@ -307,10 +308,14 @@ class LevelSampler:
 
     def decide_replay(self) -> bool:
         """The replay decision d: True to replay a scored level, False to play a new one."""
+        return bool(self._decide_replays(1)[0])
+
+    def _decide_replays(self, k: int) -> ndarray:
+        """k decisions, (k,) bool; certain ones take no random number."""
         probability = self._replay_probability()
         if probability in (0, 1):
-            return probability == 1
-        return bool(self.rng.random() < probability)
+            return np.full(k, probability == 1)
+        return self.rng.random(k) < probability
 
     def _replay_probability(self) -> float:
         seen = self.num_seen / max(len(self.levels), 1)
@@ -329,19 +334,17 @@ class LevelSampler:
         return int(self._sample(1, replay)[0])
 
     def _sample(self, k: int, replay: bool | None) -> ndarray:
-        """Draws k level ids, (k,) int64: the same ones as k single draws."""
+        """k level ids (k,) int64, as k single draws: the decisions, then replays, then new ones."""
         if self.curriculum != "plr":
             return self._sample_baseline(k)
-        if replay is None and 0 < self._replay_probability() < 1:
-            levels = np.empty(k, np.int64)
-            for i in range(k):  # each decision falls between two draws
-                levels[i] = self._sample(1, self.decide_replay())[0]
-            return levels
-        if replay is None:
-            replay = self.decide_replay()  # a certain one
-        if replay:
-            return self._sample_replay(k)
-        return self._sample_new(k)
+        replays = self._decide_replays(k) if replay is None else np.full(k, bool(replay))
+        num_replays = int(replays.sum())
+        levels = np.empty(k, np.int64)
+        if num_replays > 0:
+            levels[replays] = self._sample_replay(num_replays)
+        if num_replays < k:
+            levels[~replays] = self._sample_new(k - num_replays)
+        return levels
 
     def _sample_baseline(self, k: int) -> ndarray:
         """All levels in order, or uniformly drawn."""
@@ -742,8 +745,10 @@ class StepScorer:
         rows = zip(values.tolist(), deltas.tolist(), rewards.tolist())
         for steps, row in zip(self._steps, rows):
             steps.append(row)
-        episodes = [self._end(i) for i in np.flatnonzero(dones).tolist()]
-        episodes = np.array(episodes, EPISODE).view(np.recarray)
+        ended = []
+        for i in np.flatnonzero(dones).tolist():
+            ended.append(self._end(i))
+        episodes = np.array(ended, EPISODE).view(np.recarray)
         self.sampler.update_scores(episodes.level, episodes.score)
         self._forget(dones)
         return episodes

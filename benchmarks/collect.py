@@ -1,56 +1,59 @@
-"""Copies what is worth keeping of a run, some tens of kilobytes, into benchmarks/results/runs, for report.py.
+"""Copies what is worth keeping of a run, some tens of kilobytes, for report.py.
 
-    python benchmarks/collect.py runs/sweep/*       # of launch.py or reproduce_*.py, which ran with a known commit
-    python benchmarks/collect.py runs/RUN --commit e1df0a7 --machine "2 cores of an AMD EPYC" \\
-        --command "python ppo_robust_plr_minigrid.py --curriculum dr --run-dir runs/RUN"      # of a run started by hand
+    python benchmarks/collect.py runs/sweep/*     # of launch.py: job.log says what made them
+    python benchmarks/collect.py runs/RUN --commit e1df0a7 --machine "2 cores of an AMD EPYC"
+        --command "python ppo_robust_plr_minigrid.py --run-dir runs/RUN"       # started by hand
 
-args.json, result.json and evaluation_*.json (but for paths), evaluations.csv and progress.csv with at most 200 of their
-rows, evenly spaced, and run.json: command, commit and machine of each start, from job.log or from the flags. A run that
-goes on may be copied too, and again later: the copy says how far it is.
+Into a folder of benchmarks/results/runs: args.json, result.json, evaluation_*.json (but for paths),
+evaluations.csv and progress.csv with at most 200 of their rows, evenly spaced, and run.json:
+command, commit and machine of each start. A run that goes on may be copied too, and again later.
 """
 
-import csv
+import functools
+import importlib
 import json
-import math
 import re
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import launch
 import tyro
-from launch import refuse
+from common import RUNS, SCRIPTS, read_csv, read_text, refuse
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
-import ppo_plr_procgen  # noqa: E402
-import ppo_robust_plr_minigrid  # noqa: E402
-
-RUNS = ROOT / "benchmarks" / "results" / "runs"
 MAX_ROWS = 200
-# flags that do not make a run another experiment, or that a copy's name and the report's tables say in another way
-NO_SETTINGS = set("exp_name seed torch_deterministic cuda track run_dir checkpoint_interval resume env_threads".split())
-NO_SETTINGS |= set("env_id total_timesteps curriculum eval_interval eval_episodes capture_video evaluate".split())
-NO_SETTINGS |= set("batch_size minibatch_size num_iterations profile".split())
+# Flags that do not make a run another experiment, or that its copy's name says in another way.
+NO_SETTINGS = """exp_name seed torch_deterministic cuda track run_dir checkpoint_interval resume
+env_threads env_id total_timesteps curriculum eval_interval eval_episodes capture_video evaluate
+batch_size minibatch_size num_iterations profile""".split()
 
 
 @dataclass
 class Args:
     run_dirs: Annotated[tuple[Path, ...], tyro.conf.Positional]  # run directories
     results: Path = RUNS  # folder for the copies
-    name: str = ""  # the copy's name in it, for a single run; else it is made of game, curriculum, steps and seed
+    name: str = ""  # the copy's name in it, for a single run; else game, curriculum, steps, seed
     commit: str = ""  # the commit of the code that ran, for runs without job.log
     machine: str = ""  # what they ran on
     command: str = ""  # what started them
     note: str = ""  # what a reader of the result must know
 
 
+@functools.cache
+def defaults(kind: str) -> dict[str, Any]:
+    """Of the flags of a script, which is imported only if such a run is there: each needs
+    environments that the other does not."""
+    return vars(importlib.import_module(SCRIPTS[kind]).Args())
+
+
+def kind_of(args: dict[str, Any]) -> str:
+    return "mazes" if "num_walls" in args else "procgen"
+
+
 def settings(args: dict[str, Any]) -> dict[str, Any]:
-    """The flags of a run's args.json by which it differs from the defaults, the papers' settings."""
-    script = ppo_robust_plr_minigrid if "num_walls" in args else ppo_plr_procgen
-    defaults = vars(script.Args())
-    return {key: args[key] for key in args if key in defaults.keys() - NO_SETTINGS and args[key] != defaults[key]}
+    """The flags in a run's args.json that differ from the defaults, the papers' settings."""
+    usual = defaults(kind_of(args))
+    names = [name for name in args if name in usual and name not in NO_SETTINGS]
+    return {name: args[name] for name in names if args[name] != usual[name]}
 
 
 def millions(steps: float) -> str:
@@ -59,84 +62,76 @@ def millions(steps: float) -> str:
 
 
 def default_name(args: dict[str, Any]) -> str:
-    game = "mazes" if args["env_id"] == "maze" and "num_walls" in args else args["env_id"]  # Procgen has a maze, too
+    # Procgen has a maze, too
+    game = "mazes" if args["env_id"] == "maze" and kind_of(args) == "mazes" else args["env_id"]
     parts = [game, args["curriculum"], millions(args["total_timesteps"]), f"seed{args['seed']}"]
-    return "_".join([*parts, *(f"{key}={value}" for key, value in settings(args).items())])
+    return "_".join([*parts, *(f"{name}={value}" for name, value in settings(args).items())])
 
 
 def read_starts(log: str) -> list[dict[str, str]]:
-    """Command, commit and machine of a run's first start and of each later one at another commit or machine."""
-    starts = []
-    for commit, machine, command in re.findall(r"^# commit (\S+) on (.+)\n\$ (.+)", log, re.MULTILINE):
+    """Command, commit and machine of a run's first start, and of each at another of the two."""
+    starts: list[dict[str, str]] = []
+    found = re.findall(r"^# commit (\S+) on (.+)\n\$ (.+)", log, re.MULTILINE)
+    for commit, machine, command in found:
         if not starts or (commit, machine) != (starts[-1]["commit"], starts[-1]["machine"]):
             starts.append({"command": command, "commit": commit, "machine": machine})
     return starts
 
 
-def thin(text: str, most: float = MAX_ROWS) -> str:
-    """A csv file with at most so many of its rows, the first and the last among them; half a row at its end is cut."""
+def thin(text: str) -> str:
+    """A csv file with at most MAX_ROWS of its rows, the first and the last among them; half a row
+    at its end is cut."""
     header, *rows = text[: text.rfind("\n") + 1].splitlines(keepends=True) or [""]
-    if len(rows) > most:
-        rows = [rows[round(i * (len(rows) - 1) / (most - 1))] for i in range(most)]
+    if len(rows) > MAX_ROWS:
+        kept = [round(i * (len(rows) - 1) / (MAX_ROWS - 1)) for i in range(MAX_ROWS)]
+        rows = [rows[i] for i in kept]
     return "".join([header, *rows])
 
 
-def rows_of(run_dir: Path) -> dict[str, tuple[str, ...]]:
+def rows_of(run_dir: Path) -> dict[str, dict[str, str]]:
     """progress.csv by global_step, but for the times."""
-    file = run_dir / "progress.csv"
-    rows = csv.DictReader(thin(file.read_text(), math.inf).splitlines() if file.exists() else [])
-    times = ("wall_seconds", "SPS")
-    return {row["global_step"]: tuple(f"{key}={x}" for key, x in row.items() if key not in times) for row in rows}
+    rows = {row["global_step"]: row for row in read_csv(run_dir / "progress.csv")}
+    for row in rows.values():
+        del row["wall_seconds"], row["SPS"]
+    return rows
 
 
-def same_run(run_dir: Path, target: Path) -> bool:
-    """Whether `target` holds nothing or an older copy of this run, also of when it was to be shorter: then all rows of
-    the copy are the run's."""
-    return not (target / "args.json").exists() or rows_of(target).items() <= rows_of(run_dir).items()
-
-
-def collect(run_dir: Path, results: Path, name: str = "", start: dict[str, str] | None = None, note: str = "") -> Path:
-    """Copies one run to results/name. `start` has command, commit and machine of a run that has no job.log."""
+def collect(
+    run_dir: Path,
+    results: Path,
+    name: str = "",
+    start: dict[str, str] | None = None,
+    note: str = "",
+) -> Path:
+    """Copies one run to results/name. `start`: command, commit and machine if it has no job.log."""
     try:
         args = json.loads((run_dir / "args.json").read_text())
     except (OSError, ValueError):
-        refuse(f"RUN-DIRS {run_dir} is not a run's directory: it has no args.json that can be read.")
-    starts = read_starts(launch.read_log(run_dir)) or ([start] if start and all(start.values()) else [])
+        refuse(f"RUN-DIRS {run_dir} must be a run's directory: it has no args.json to read.")
+    starts = read_starts(read_text(run_dir / "job.log"))
+    if not starts and start and all(start.values()):
+        starts = [start]
     if not starts:
-        refuse(f"--commit, --machine and --command must be given: {run_dir} has no job.log that tells them.")
+        refuse(f"--commit, --machine and --command must be given: {run_dir} has no job.log.")
     target = results / (name or default_name(args))
-    if not same_run(run_dir, target):
+    if not rows_of(target).items() <= rows_of(run_dir).items():  # it may have gone on since
         refuse(f"--name must be another: {target} holds a different run than {run_dir}.")
-    files = {}
+    files: dict[str, str] = {}
     for file in sorted(run_dir.glob("*.json")):
         paths = r'("(run_dir|evaluate|resume)": )"[^"]*"'
         files[file.name] = re.sub(paths, rf'\1"{run_dir.resolve().name}"', file.read_text())
-    for file in ("progress.csv", "evaluations.csv"):
-        files[file] = thin((run_dir / file).read_text() if (run_dir / file).exists() else "")
-    files["run.json"] = json.dumps({"starts": starts} | ({"note": note} if note else {}), indent=2) + "\n"
+    for csv_name in ("progress.csv", "evaluations.csv"):
+        files[csv_name] = thin(read_text(run_dir / csv_name))
+    origin: dict[str, Any] = {"starts": starts}
+    if note:
+        origin["note"] = note
+    files["run.json"] = json.dumps(origin, indent=2) + "\n"
     target.mkdir(parents=True, exist_ok=True)
     for old in (*target.glob("*.json"), *target.glob("*.csv")):
         old.unlink()
-    for file, text in files.items():
-        (target / file).write_text(text)
+    for file_name, text in files.items():
+        (target / file_name).write_text(text)
     return target
-
-
-def sweep(args: launch.Args, results: Path) -> None:
-    """launch.py's work, then copies of all its runs that are finished. Refuses before it, if a copy would replace a run
-    of another folder: a run of the same name, as of the same flags on another machine."""
-    for job in [] if args.table else launch.plan(args):
-        script = ppo_robust_plr_minigrid if "minigrid" in args.command else ppo_plr_procgen
-        target = results / default_name(vars(tyro.cli(script.Args, args=job.start[len(job.script) :])))
-        if not same_run(job.run_dir, target):
-            refuse(f"--results {results} must be another folder: {target.name} in it is of another training.")
-    complete = launch.sweep(args)
-    if not args.dry_run and not args.table:
-        finished = [path.parent for path in sorted(args.out.glob("*/result.json"))]
-        copies = [collect(run_dir, results) for run_dir in finished]
-        print(f"{len(copies)} finished runs are in {results}. Their tables: python benchmarks/report.py")
-    if not complete:
-        raise SystemExit(1)
 
 
 def main() -> None:

@@ -447,10 +447,11 @@ def corridor(monkeypatch):
             made.append(self)
             self.draws = []
 
-        def sample(self, replay=None):
-            level = super().sample(replay)
-            self.draws.append((replay, level))
-            return level
+        def next_levels(self, done, replay=None, levels=None):
+            playing = super().next_levels(done, replay, levels)
+            if levels is None:
+                self.draws += [(replay, level) for level in playing[done].tolist()]
+            return playing
 
         def update(self, levels, step_scores, dones, **kwargs):
             episodes = super().update(levels, step_scores, dones, **kwargs)

@@ -344,7 +344,9 @@ def test_no_draw_falls_on_a_weight_of_0_at_the_edges():
 @given(SEEDS, st.sampled_from([None, True, False]), st.sampled_from(TRANSFORMS), st.sampled_from([0.0, 0.4, 1.0]))
 @settings(repeatable, max_examples=40)
 def test_many_levels_are_drawn_as_one_by_one(kind, seed, replay, staleness_kind, coef):
-    """The same levels, and the same state after it, generator included; also from a level space that is nearly full."""
+    """The same levels, and the same state after it, generator included; also from a level space that is nearly full.
+
+    Decisions come first, then the levels to be replayed, then the new ones."""
     options = {"staleness_transform": staleness_kind, "staleness_coef": coef, "rho": 0.2, "nu": seed % 3 / 2}
     options |= {"replay_schedule": ("fixed", "proportionate")[seed % 2], "temperature": 1.0}
     if kind == "buffer":
@@ -355,8 +357,11 @@ def test_many_levels_are_drawn_as_one_by_one(kind, seed, replay, staleness_kind,
     for levels in (None, rng.integers(6, size=30), None):
         one_by_one, mask = copy.deepcopy(s), rng.random(30) < 0.7
         s.next_levels(mask, replay, levels)
-        for i in np.flatnonzero(mask):
-            one_by_one.next_levels(np.arange(30) == i, replay, levels)
+        decisions = np.full(30, bool(replay))
+        if replay is None and levels is None and kind != "sequential":
+            decisions[mask] = [one_by_one.decide_replay() for _ in range(mask.sum())]
+        for i in (*np.flatnonzero(mask & decisions), *np.flatnonzero(mask & ~decisions)):
+            one_by_one.next_levels(np.arange(30) == i, bool(decisions[i]), levels)
         np.testing.assert_equal(s.state_dict(), one_by_one.state_dict())
         np.testing.assert_array_equal(s.weights(), one_by_one.weights())
 

@@ -1,6 +1,8 @@
-"""benchmarks/throughput.py: what it makes of the scripts' files and of its own measurements."""
+"""benchmarks/throughput.py and peers.py: what they make of files, of measurements and of failures.
+No speed is asserted."""
 
 import sys
+from pathlib import Path
 
 import pytest
 from support import ROOT
@@ -8,62 +10,71 @@ from support import ROOT
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers
 import throughput
-from throughput import COLUMNS, PHASES, Args
+
+import ppo_plr_procgen
+import ppo_robust_plr_minigrid
 
 
-def progress(path, kinds, seen):
-    """A row every (1 + 10 * kind) seconds after the last, as mazes write them; without kinds, as Procgen does."""
-    lines, wall = [("wall_seconds,seen_share,replay" if kinds else "wall_seconds,seen_share")], 0.0
-    for i, share in enumerate(seen):
-        wall += 1 + 10 * kinds[i] if kinds else i + 1
-        lines.append(f"{wall},{share}" + (f",{kinds[i]}" if kinds else ""))
-    path.write_text("\n".join(lines) + "\n99,0.5")  # the last line is being written
-    return path
+def test_a_speed_is_the_median_after_two_iterations_and_of_mazes_half_of_each_kind(tmp_path):
+    progress = tmp_path / "progress.csv"
+    progress.write_text("global_step,SPS\n1,1\n2,2\n3,50\n4,60\n5,1000\n6,7")  # half a row is left
+    assert throughput.speed_of(tmp_path) == 60
+    rows = ["global_step,SPS,replay", "1,9,0", "2,9,0", "3,300,0", "4,100,1", "5,300,0", "6,100,1"]
+    progress.write_text("\n".join([*rows, ""]))
+    assert throughput.speed_of(tmp_path) == 150  # 2 steps in 1/300 + 1/100 seconds
+    progress.write_text("global_step,SPS\n1,1\n2,2\n")
+    with pytest.raises(RuntimeError, match="fewer than three iterations"):
+        throughput.speed_of(tmp_path)
 
 
-def test_iterations_count_from_the_fill_on_and_the_first_of_each_kind_does_not(tmp_path):
-    path = progress(tmp_path / "progress.csv", [0, 0, 1, 0, 1, 1, 0], [0.1, 0.5, 0.5, 0.6, 0.6, 0.6, 0.6])
-    assert throughput.iteration_seconds(path, 0.5) == {0: [1.0], 1: [11.0, 11.0]}
-    assert throughput.iteration_seconds(path, 0.9) == {0: [], 1: []}
-    path = progress(tmp_path / "progress.csv", None, [0.1, 0.2, 0.3])
-    assert throughput.iteration_seconds(path, 0) == {0: [], 1: [2.0, 3.0]}  # of Procgen all but the run's first
-    assert throughput.iteration_seconds(tmp_path / "none.csv", 0) == {0: [], 1: []}
+@pytest.mark.parametrize("name", throughput.SETTINGS)
+def test_settings_are_flags_of_their_script_with_enough_iterations(name, monkeypatch):
+    """Parsed by the script itself, which is not started."""
+    setting = throughput.SETTINGS[name]
+    scripts = {"procgen": ppo_plr_procgen, "mazes": ppo_robust_plr_minigrid}
+    flags = throughput.argv(setting, Path("run"))
+    args = throughput.tyro.cli(scripts[setting.script].Args, args=flags)
+    assert args.num_envs == setting.num_envs and args.run_dir == "run"
+    assert args.num_iterations == setting.iterations > 3
+    assert (args.eval_interval, args.eval_episodes, args.checkpoint_interval) == (0, 1, 0)
 
 
-def test_the_plan_has_every_contender_once_and_several_runs_last():
-    args = Args(compile=True, at_once=(1, 4), cleanrl=ROOT, jaxued=ROOT)
-    items = throughput.plan(args)
-    names = [(part, script, n, name) for part, script, n, name, *_ in items]
-    assert [part for part, *_ in names] == sorted(
-        (part for part, *_ in names), key=["environment", "training", "phases", "at_once"].index
-    )
-    training = [name for part, script, n, name in names if (part, script, n) == ("training", "mazes", 32)]
-    how = ("fp32", "bf16", "fp32, compiled", "bf16, compiled")
-    assert training == [*(f"Robust PLR, {x}" for x in how), "PLR, fp32", "jaxued"]
-    assert [name for part, script, _, name in names if (part, script) == ("training", "procgen")] == [*how, "CleanRL"]
-    assert names.count(("at_once", "procgen", 64, "bf16")) == 2 and len(set(names)) == len(names) - 2
+def test_a_run_is_measured_and_another_checkout_takes_turns_with_it(tmp_path, monkeypatch, capsys):
+    script = "import sys\nfrom pathlib import Path\nrun_dir = Path(sys.argv[-1])\nrun_dir.mkdir()\n"
+    text = '(run_dir / "progress.csv").write_text("SPS\\n1\\n1\\n{speed}\\n")\n'
+    for folder, speed in (("ours", 300), ("before", 200)):
+        (tmp_path / folder).mkdir()
+        path = tmp_path / folder / "ppo_plr_procgen.py"
+        path.write_text(script + text.replace("{speed}", str(speed)))
+    broken = tmp_path / "before" / "ppo_robust_plr_minigrid.py"
+    broken.write_text("raise SystemExit('error: no such flag')")
+    (tmp_path / "ours" / broken.name).write_text(script + text.replace("{speed}", "70"))
+    monkeypatch.setattr(throughput, "ROOT", tmp_path / "ours")
+    flags = f"--settings procgen mazes --against {tmp_path}/before --out {tmp_path}/out"
+    monkeypatch.setattr(sys, "argv", ["throughput.py", *flags.split()])
+    throughput.main()
+    printed = capsys.readouterr()
+    turns = [line.partition(":")[0] for line in printed.err.splitlines() if "steps/s" in line]
+    names = ["procgen", "procgen, against", "mazes"]
+    assert turns == [f"{name}, round {i}" for i in (1, 2) for name in names]
+    assert "| procgen | 300 | 300, 300 | 1.50, 1.50 |  |\n" in printed.out
+    assert "| mazes | 70 | 70, 70 | nan, nan |  |\n" in printed.out
+    assert "- mazes, against, round 2 failed: no such flag\n" in printed.out
+    assert "| procgen | 300 | 300, 300 |" in (tmp_path / "out/throughput.md").read_text()
+    assert (tmp_path / "out/throughput.csv").read_text().count("\n") == 1 + 8
 
 
-def test_ratios_shares_and_left_out_measurements_are_in_the_tables(tmp_path):
-    rows = []
-    for part, name, i, speed, more in (
-        ("training", "fp32", 1, 300.0, {}), ("training", "CleanRL", 1, 100.0, {"wrappers": 0.001}),
-        ("training", "fp32", 2, 360.0, {}), ("training", "CleanRL", 2, 120.0, {"wrappers": 0.002}),
-        ("phases", "fp32", 1, 200.0, dict.fromkeys(PHASES, 1.0) | {"update": 5.0}),
-        ("at_once", "fp32", 1, 300.0, {"runs": 1}), ("at_once", "fp32", 1, 750.0, {"runs": 4}),
-    ):  # fmt: skip
-        row = {"part": part, "script": "procgen", "num_envs": 64, "contender": name, "round": i}
-        rows.append(dict.fromkeys(COLUMNS, "") | row | {"steps_per_second": speed} | more)
-    text = throughput.report(Args(cleanrl=ROOT), rows, ["at_once: left out"])
-    assert "| procgen | 64 | fp32 | 330 | 300 to 360 | 3.00 | 3.00, 3.00 |" in text
-    assert "| 10.0% | 10.0% | 10.0% | 10.0% | 50.0% | 10.0% |" in text and "| 4 | 750 | 2.50 |" in text
-    assert "0.20% of its time" in text and "- at_once: left out\n" in text
-    throughput.plot(Args(), rows, tmp_path / "throughput.png")
-    assert (tmp_path / "throughput.png").stat().st_size > 10_000
+def test_ratios_to_a_peer_are_of_the_same_round_and_script():
+    speeds = {"procgen": [300.0, 360.0], "mazes": [900.0, 800.0], "CleanRL": [100.0, 90.0]}
+    text = throughput.table(speeds)
+    assert "| procgen | 330 | 300, 360 |  | 3.00, 4.00 |" in text
+    assert "| mazes | 850 | 900, 800 |  |  |" in text
 
 
 def test_a_peer_that_fails_says_what_it_said():
+    failing = [sys.executable, "-c", "raise SystemExit('no such game')"]
     with pytest.raises(RuntimeError, match="no such game"):
-        peers.read_lines([sys.executable, "-c", "raise SystemExit('no such game')"], {}, 60, "SPS:")
-    lines = peers.read_lines([sys.executable, "-c", "print('SPS: 1'); print('other'); print('SPS: 2')"], {}, 60, "SPS:")
+        peers.read_lines(failing, {}, 60, "SPS:")
+    printing = [sys.executable, "-c", "print('SPS: 1\\nother\\nSPS: 2')"]
+    lines = peers.read_lines(printing, {}, 60, "SPS:")
     assert [line for _, line in lines] == ["SPS: 1", "other", "SPS: 2"]

@@ -1,0 +1,207 @@
+"""The pictures of report.py: curves of the runs of one length, published numbers beside them."""
+
+from typing import Any
+
+import matplotlib
+import numpy as np
+from scipy import stats
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter
+
+BAND = {"lw": 8, "alpha": 0.2}  # in a legend
+MARKS = {"marker": "o", "ms": 4}
+PAPER = {"ls": ":", "lw": 1.5}
+
+
+def averaged(runs: list, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
+    """Columns of evaluations.csv where all runs have some: x's mean (points,), y (runs, points)."""
+    steps = [run.evaluations["global_step"] for run in runs]
+    points = np.unique(np.concatenate(steps))
+    points = points[points >= max(s[0] for s in steps)]
+    points = points[points <= min(s[-1] for s in steps)]
+    at = {
+        key: [np.interp(points, s, r.evaluations[key]) for s, r in zip(steps, runs)]
+        for key in (x, y)
+    }
+    return np.mean(at[x], 0), np.array(at[y])
+
+
+def smoothed(run, key: str, only: np.ndarray | bool = True) -> tuple[np.ndarray, np.ndarray]:
+    """Steps and means of a column of progress.csv at each row where it has a value (and `only` is
+    true): over the rows of the twentieth of the run up to there, 50 iterations at least."""
+    steps = run.progress["global_step"]
+    there = np.flatnonzero(~np.isnan(run.progress[key]) & only)
+    batch = run.args["batch_size"]
+    window = max(50 * batch, steps[-1] / 20) if len(steps) > 100 else 5 * batch
+    first = np.searchsorted(steps[there], steps[there] - window, "right")
+    total = np.cumsum([0, *run.progress[key][there]])
+    rows = np.arange(len(there)) + 1
+    return steps[there], (total[rows] - total[first]) / (rows - first)
+
+
+def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
+    looks = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
+    plt.rcParams.update(looks | {"grid.alpha": 0.25})
+    rows = -(-count // columns)
+    size = (width * columns, height * rows + 0.5)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for axis in axes.flat[count:]:
+        axis.remove()
+    return figure, list(axes.flat[:count])
+
+
+def finish(figure: Figure, section, looks: dict[str, dict[str, Any]]) -> Figure:
+    """Legend and axes of steps. `looks`: what lines mean in every variant, by label."""
+    entries = []
+    for name, runs in section.variants.items():
+        label = f"{name} ({len(runs)} run{'s' * (len(runs) > 1)})"
+        entries.append(Line2D([], [], lw=4, label=label, color=section.colors[name]))
+    for name in section.published:
+        if name not in section.variants:
+            entries.append(
+                Line2D([], [], lw=4, label=f"{name} (0 runs)", color=section.colors[name])
+            )
+    for label, look in looks.items():
+        entries.append(Line2D([], [], label=label, **({"color": "0.25"} | look)))
+    longest = max(len(entry.get_label()) for entry in entries)
+    columns = max(1, round(12 * figure.get_figwidth()) // (longest + 7))  # 12 letters in an inch
+    figure.legend(handles=entries, loc="outside upper center", ncols=columns, frameon=False)
+    for axis in figure.axes:
+        if axis.get_xlabel() in ("environment steps", "gradient updates"):
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axis.set_xlim(left=0)
+    return figure
+
+
+def band(axis, x: np.ndarray, middle: np.ndarray, spread: np.ndarray, color: str) -> None:
+    axis.fill_between(x, middle - spread, middle + spread, color=color, alpha=0.18, lw=0)
+
+
+def procgen_returns(section, published: dict) -> Figure:
+    """A panel for each game, one of the curriculum. `published`: by (game, method)."""
+    games = sorted({run.task for run in section.runs})
+    columns = min(len(games) + 1, 4)
+    width = 5.4 if columns < 4 else 3.6
+    figure, axes = panels(len(games) + 1, columns, width, 3.7)
+    for name, variant in section.variants.items():
+        color = section.colors[name]
+        for game, axis in zip(games, axes):
+            runs = [run for run in variant if run.task == game]
+            for run in runs:
+                if run.progress:
+                    line = smoothed(run, "episodic_return")
+                    axis.plot(
+                        *line, color=color, lw=1, ls="--", alpha=0.8 if len(runs) < 3 else 0.3
+                    )
+            runs = [run for run in runs if run.evaluations]
+            if runs:
+                x, test = averaged(runs, "global_step", "test_return")
+                x, train = averaged(runs, "global_step", "train_return")
+                of_episodes = (
+                    runs[0].evaluations.get("test_return_std", 0)
+                    / runs[0].args["eval_episodes"] ** 0.5
+                )
+                axis.plot(x, train.mean(0), lw=1.2, mfc="white", color=color, **MARKS)
+                axis.plot(x, test.mean(0), lw=2.2, color=color, **MARKS)
+                band(axis, x, test.mean(0), test.std(0) if len(runs) > 1 else of_episodes, color)
+        for run in variant:
+            if run.args["curriculum"] == "plr" and run.progress:
+                steps = run.progress["global_step"]
+                axes[-1].plot(steps, run.progress["effective_levels"], color=color, lw=1.2)
+    for game, axis in zip(games, axes):
+        rows = [published[game, method] for method in section.published.values()]
+        rows.sort(key=lambda row: row["mean"])
+        for row in rows:
+            name = next(x for x in section.published if section.published[x] == row["method"])
+            low, high = row["mean"] - row["std"], row["mean"] + row["std"]
+            axis.axhline(row["mean"], color=section.colors[name], **PAPER)
+            axis.axhspan(low, high, color=section.colors[name], alpha=0.07, lw=0)
+            above = {"va": "bottom" if row is rows[-1] else "top", "fontsize": 8.5}
+            place = {"transform": axis.get_yaxis_transform(), "color": section.colors[name]}
+            axis.text(0.02, row["mean"], f"{name}, paper", **above, **place)
+        axis.set(title=game, xlabel="environment steps", ylabel="return per episode")
+    axes[-1].set(title="PLR: effective levels, exp(entropy)", xlabel="environment steps")
+    most = max(run.args["num_levels"] for run in section.runs)
+    axes[-1].set(yscale="log", ylim=(0.9, max(most, 2)))
+    axes[-1].yaxis.set_major_formatter("{x:g}")
+    looks = {
+        "unseen levels": {"lw": 2.2, **MARKS},
+        "training levels": {"lw": 1.2, "mfc": "white", **MARKS},
+        "episodes of the training, smoothed": {"lw": 1, "ls": "--", "alpha": 0.8},
+        "± std over runs, or s.e. over a run's episodes": BAND,
+    }
+    if section.published:
+        looks["paper: unseen levels, 25M steps, ± std"] = PAPER
+    return finish(figure, section, looks)
+
+
+def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:
+    """Evaluations over steps and over updates; the training. `published`: rates by curriculum."""
+    figure, axes = panels(4, 2, 5.4, 3.7)
+    names = [f"solved_{maze}" for maze in mazes] if section.kind == "Mazes" else ["solved_mean"]
+    for name, variant in section.variants.items():
+        color = section.colors[name]
+        runs = [run for run in variant if run.evaluations]
+        for axis, key in zip(axes, ("global_step", "gradient_updates")):
+            if runs:
+                rates = [averaged(runs, key, column) for column in names]
+                x = rates[0][0]
+                y = np.mean([rate for _, rate in rates], 0)
+                axis.plot(x, y.mean(0), lw=2, color=color, **MARKS)
+                if len(runs) > 1:
+                    band(axis, x, y.mean(0), stats.sem(y), color)
+        for run in variant:
+            if run.progress:
+                for kind, style in enumerate(("-", "--")):  # new levels, replayed ones
+                    line = smoothed(run, "solved_rate", run.progress["replay"] == kind)
+                    axes[2].plot(*line, color=color, ls=style, lw=1)
+            if run.progress and run.args["curriculum"] != "dr":
+                steps = run.progress["global_step"]
+                axes[3].plot(steps, run.progress["effective_levels"], color=color, lw=1)
+    for name, curriculum in section.published.items():
+        for axis in axes[:2]:
+            axis.axhline(published[curriculum].mean(), color=section.colors[name], **PAPER)
+    what = f"mean solved rate, dcd's {len(names)} mazes" if len(names) > 1 else "mean solved rate"
+    for axis, x in zip(axes, ("environment steps", "gradient updates")):
+        axis.set(title=f"over {x}", xlabel=x, ylabel=what, ylim=(0, 1))
+    axes[2].set(
+        title="solved rate in training, smoothed", ylim=(0, 1.02), ylabel="share of episodes"
+    )
+    axes[3].set(title="effective number of levels, exp(entropy)", ylabel="levels", ylim=(0, None))
+    for axis in axes[2:]:
+        axis.set_xlabel("environment steps")
+    looks: dict[str, dict[str, Any]] = {"new levels": {"ls": "-"}, "replayed levels": {"ls": "--"}}
+    if max(map(len, section.variants.values())) > 1:
+        looks["± s.e. over runs"] = BAND
+    if section.published:
+        looks["dcd, mean of 10 runs after 250M steps"] = PAPER
+    return finish(figure, section, looks)
+
+
+def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:
+    """Solved rate in dcd's mazes: of each run, and the published mean with its standard error."""
+    figure, (axis,) = panels(1, 1, 11, 4)
+    names = list(dict.fromkeys([*section.published, *section.evaluated]))
+    width = 0.8 / max(len(names), 1)
+    for i, name in enumerate(names):
+        color = section.colors[name]
+        where = np.arange(len(mazes)) + width * (i - (len(names) - 1) / 2)
+        for run in section.evaluated.get(name, []):
+            rates = [run.solved.get(maze, np.nan) for maze in mazes]
+            axis.plot(where - width / 5, rates, "o", ms=6, color=color, alpha=0.6, mew=0)
+        if name in section.published:
+            rates = published[section.published[name]]
+            axis.plot(where + width / 5, rates, "D", ms=3, color=color, alpha=0.3, mew=0)
+            bars = {"fmt": "D", "ms": 4, "mfc": "white", "color": color}
+            axis.errorbar(where + width / 5, rates.mean(1), stats.sem(rates, axis=1), **bars)
+    axis.set(ylabel="share of episodes solved", ylim=(-0.03, 1.03))
+    axis.set_xticks(range(len(mazes)), mazes)
+    looks: dict[str, dict[str, Any]] = {"a run": {"ls": "", "marker": "o", "alpha": 0.6, "mew": 0}}
+    if section.published:
+        looks["dcd after 250M steps: a run"] = {"ls": "", "marker": "D", "ms": 3, "alpha": 0.4}
+        looks["mean ± s.e."] = {"ls": "", "marker": "D", "ms": 4, "mfc": "white"}
+    return finish(figure, section, looks)

@@ -1,0 +1,223 @@
+"""Runs as report.py shows them: read from their files, those of one length side by side; and the
+published numbers that belong there."""
+
+import itertools
+import json
+import re
+from collections import Counter, defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from collect import kind_of, millions, settings
+from common import ROOT, read_csv, read_text, refuse
+
+NAMES = {"uniform": "uniform", "sequential": "sequential", "dr": "DR", "plr": "PLR"}
+NAMES["robust_plr"] = "Robust PLR"
+COLORS = {"uniform": "0.45", "DR": "0.45", "sequential": "C2", "PLR": "C0", "Robust PLR": "C3"}
+MORE_COLORS = ("C1", "C4", "C6", "C9", "C8", "C5")  # of variants with other settings
+LENGTHS = {"Procgen": 25_000_000, "Mazes": 250_000_000}  # published: 10 runs, 100 episodes each
+SHOWN = {"Procgen": ["uniform", "plr"], "Mazes": ["dr", "plr", "robust_plr"]}  # and their methods
+
+
+# ---- published numbers ---------------------------------------------------------------------------
+
+
+def read_paper(file: str) -> dict[tuple[str, str], dict[str, Any]]:
+    """Published rows by (game or maze, method)."""
+    rows = read_csv(ROOT / "benchmarks" / "paper" / file)
+    for row in rows:
+        for key, x in row.items():
+            row[key] = float(x) if re.fullmatch(r"[\d.]+", x) else x
+    return {tuple(row.values())[:2]: row for row in rows}
+
+
+PROCGEN = read_paper("procgen_easy.csv")
+MAZES = read_paper("mazes_25_blocks.csv")
+SEVEN = list(dict.fromkeys(maze for maze, _ in MAZES))
+
+
+def published_rates(curriculum: str, mazes: Iterable[str] = SEVEN) -> np.ndarray:
+    """dcd's shares of episodes solved (mazes, runs)."""
+    runs = [f"run_{i}" for i in range(1, 11)]
+    return np.array([[MAZES[maze, curriculum][run] for run in runs] for maze in mazes])
+
+
+# ---- runs ----------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    name: str
+    args: dict[str, Any]
+    origin: dict[str, Any]  # run.json
+    progress: dict[str, np.ndarray]  # the csv files' columns
+    evaluations: dict[str, np.ndarray]
+    finished: bool
+    last: dict[str, Any]  # the last evaluation; with global_step (0: none yet), episodes
+    variant: str  # as the tables call it
+
+    def __post_init__(self):
+        procgen = kind_of(self.args) == "procgen"
+        other = "Mazes" if self.args["env_id"] == "maze" else self.args["env_id"]
+        self.kind = "Procgen" if procgen else other
+        self.length = millions(self.args["total_timesteps"])
+        self.task = self.args["env_id"] if procgen else "mean of dcd's 7 mazes"
+        commits = [start.get("commit", "unknown") for start in self.origin.get("starts", [{}])]
+        compiled = ", compiled" if self.args["compile"] else ""
+        code = " and ".join(dict.fromkeys(commits))
+        self.made = f"{self.args['precision']}{compiled}, code of {code}"
+        # by maze
+        rates = {key[7:]: x for key, x in self.last.items() if key.startswith("solved_")}
+        self.solved = {maze: x for maze, x in rates.items() if maze not in ("mean", "iqm")}
+
+    @property
+    def score(self) -> float:
+        """What curricula are compared by: the test return, or the mean of dcd's mazes."""
+        if self.kind == "Procgen":
+            return self.last["test_return"]
+        return float(np.mean([self.solved.get(maze, np.nan) for maze in SEVEN]))
+
+    @property
+    def late_score(self) -> float:
+        """Mean of dcd's mazes over the evaluations in the last quarter of the run so far: one
+        checkpoint of one run says little. nan if there are none."""
+        steps = self.evaluations.get("global_step", np.zeros(0))
+        nothing = np.full(len(steps), np.nan)
+        rates = np.array([self.evaluations.get(f"solved_{maze}", nothing) for maze in SEVEN])
+        late = rates[:, steps > 0.75 * self.last["global_step"]]
+        return float(late.mean()) if late.size else np.nan
+
+
+def read_columns(path: Path) -> dict[str, np.ndarray]:
+    rows = read_csv(path)
+    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]} if rows else {}
+
+
+def read_run(run_dir: Path) -> Run:
+    try:
+        args = json.loads((run_dir / "args.json").read_text())
+        evaluations = read_columns(run_dir / "evaluations.csv")
+        result = json.loads(read_text(run_dir / "result.json") or "{}")
+        found = [{key: column[-1] for key, column in evaluations.items()}]
+        if result:
+            found = [result["evaluation"] | result]
+        found[0]["episodes"] = args["eval_episodes"]
+        for file in run_dir.glob("evaluation_*.json"):  # by --evaluate
+            later = json.loads(file.read_text())
+            later["episodes"] = later["args"]["eval_episodes"]
+            if settings(later["args"]) == settings(args):
+                # earlier scripts did not write at which step
+                keys = result.keys() & {"global_step", "gradient_updates"}
+                found.append({key: result[key] for key in keys} | later)
+        last = max(found, key=lambda x: (x.get("global_step", 0), x["episodes"]))
+        others = settings(args).items()
+        names = [f"{key} {x}" for key, x in others if key not in ("precision", "compile")]
+        origin = json.loads(read_text(run_dir / "run.json") or "{}")
+        progress = read_columns(run_dir / "progress.csv")
+        variant = ", ".join([NAMES[args["curriculum"]], *names])
+        last = {"global_step": 0} | last
+        name = run_dir.resolve().name
+        return Run(name, args, origin, progress, evaluations, bool(result), last, variant)
+    except (OSError, ValueError, KeyError) as error:
+        refuse(f"RUN-DIRS {run_dir} has a file that cannot be read: {error!r}.")
+
+
+@dataclass
+class Section:
+    """Runs of one length."""
+
+    kind: str  # Procgen, Mazes, or the environment
+    length: str  # as in 25M
+    variants: dict[str, list[Run]]
+
+    def __post_init__(self):
+        self.title = f"{self.kind}, {self.length} steps"
+        self.file = f"{self.kind.lower()}_{self.length}"
+        self.runs = [run for runs in self.variants.values() for run in runs]
+        # Of each variant the finished runs, or, where none is, those that have been evaluated.
+        self.evaluated: dict[str, list[Run]] = {}
+        for name, runs in self.variants.items():
+            finished = [run for run in runs if run.finished]
+            members = finished or [run for run in runs if run.last["global_step"]]
+            if members:
+                self.evaluated[name] = members
+        # Variant -> curriculum of published numbers; none beside runs with other settings only.
+        shown = {NAMES[curriculum]: curriculum for curriculum in SHOWN.get(self.kind, [])}
+        self.published = shown if shown.keys() & self.variants.keys() else {}
+        self.is_as_long = self.length == millions(LENGTHS.get(self.kind, 0))
+        others = [name for name in self.variants if name not in COLORS]
+        self.colors = COLORS | dict(zip(others, itertools.cycle(MORE_COLORS)))
+
+    def of_task(self, task: str) -> dict[str, list[Run]]:
+        """The evaluated runs of a game, or of the mazes, by variant."""
+        runs = {x: [run for run in self.evaluated[x] if run.task == task] for x in self.evaluated}
+        return {name: members for name, members in runs.items() if members}
+
+    @property
+    def tasks(self) -> list[str]:
+        return sorted({run.task for runs in self.evaluated.values() for run in runs})
+
+    def shortcomings(self) -> str:
+        """What the numbers lack of 10 runs, the published steps, 100 episodes."""
+        found = []
+        for name, runs in self.evaluated.items():
+            number_of = Counter(run.task for run in runs)
+            steps = [run.last["global_step"] for run in runs]
+            reached = dict.fromkeys(millions(step) for step in (min(steps), max(steps)))
+            episodes = min(run.last["episodes"] for run in runs)
+            least = min(run.args["eval_episodes"] for run in runs)  # during the training
+            enough = 0.99 * LENGTHS.get(self.kind, np.inf)
+            lacks = {
+                f"{len(number_of)} of 16 games": self.kind == "Procgen" and len(number_of) < 16,
+                f"runs: {min(number_of.values())}": min(number_of.values()) < 10,
+                f"steps: {' to '.join(reached)}": min(steps) < enough,
+                "unfinished": not all(run.finished for run in runs),
+                f"episodes: {episodes}": episodes < 100,
+                f"episodes in the curves: {least}": least < min(episodes, 100),
+            }
+            words = ", ".join(words for words, lacking in lacks.items() if lacking)
+            found += [f"{name} ({words})"] if words else []
+        return f"**Less than published:** {'; '.join(found)}.\n\n" if found else ""
+
+
+def sections(runs: list[Run]) -> list[Section]:
+    """Procgen first, the longest first. Two runs of one experiment and seed are told apart by what
+    made them. Robust PLR with as many gradient updates as the other curricula stands with those,
+    which have half its steps."""
+
+    def experiment(x: Run) -> tuple:
+        return x.kind, x.length, x.variant, x.task, x.args["seed"]
+
+    times = Counter(map(experiment, runs))
+    twice = {key[:3] for key, n in times.items() if n > 1}
+    for run in runs:
+        if (run.kind, run.length, run.variant) in twice:
+            run.variant += f", {run.made}"
+    times = Counter(map(experiment, runs))
+    same = [run.name for run in runs if times[experiment(run)] > 1]
+    if same:
+        refuse(f"RUN-DIRS {' and '.join(same)} are one experiment and seed: choose one.")
+    baselines = [run for run in runs if run.args["curriculum"] != "robust_plr"]
+    grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    for run in runs:
+        steps = run.args["total_timesteps"]
+        others = [x.args["total_timesteps"] for x in baselines if x.kind == run.kind]
+        halves = [x for x in others if 2 <= steps / x < 2.3]
+        length = run.length
+        if run.args["curriculum"] == "robust_plr" and halves and steps not in others:
+            run.variant += f", {run.length} steps"
+            length = millions(max(halves))
+        grouped[run.kind, length].append(run)
+    order = list(NAMES.values())
+    found = []
+    for (kind, length), members in grouped.items():
+        members.sort(key=lambda x: (len(x.variant), x.variant))
+        members.sort(key=lambda x: order.index(NAMES[x.args["curriculum"]]))
+        variants: dict[str, list[Run]] = defaultdict(list)
+        for run in members:
+            variants[run.variant].append(run)
+        found.append(Section(kind, length, dict(variants)))
+    return sorted(found, key=lambda s: (s.kind != "Procgen", s.kind, -float(s.length[:-1])))
