@@ -17,6 +17,7 @@ published code base; `rho` here is the share of levels that must have been score
 start, as in the released code.
 """
 
+import functools
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass
 from typing import Any, NamedTuple
@@ -114,7 +115,7 @@ def transform(
         w = np.full(len(y), eps / len(x))
         w[y.argmax()] += 1 - eps
     elif kind == "rank":
-        w = ranks(x)[among] ** (-1 / temperature)
+        w = rank_weights(len(x), temperature)[ranks(x)[among] - 1]
     elif kind == "power":
         y = np.maximum(y, 0) + offset
         largest = y.max()
@@ -129,13 +130,19 @@ def transform(
     return np.full(len(w), 1 / len(w))
 
 
+@functools.lru_cache(maxsize=8)
+def rank_weights(n: int, temperature: float) -> ndarray:
+    """(1 / rank) ** (1 / temperature) of the ranks 1 to n, (n,) float64: a power takes its time."""
+    return np.arange(1.0, n + 1) ** (-1 / temperature)
+
+
 def ranks(x: ndarray) -> ndarray:
-    """The rank of each of x (n,) -> (n,) float64: 1 the highest, ties in index order."""
+    """The rank of each of x (n,) -> (n,) int64: 1 the highest, ties in index order."""
     order = np.argsort(-x)  # several times faster than a stable sort, which only ties need
     if (x[order][1:] == x[order][:-1]).any():
         order = np.argsort(-x, kind="stable")
-    rank = np.empty(len(x))
-    rank[order] = np.arange(1.0, len(x) + 1)
+    rank = np.empty(len(x), np.int64)
+    rank[order] = np.arange(1, len(x) + 1)
     return rank
 
 
@@ -562,7 +569,10 @@ class LevelSampler:
         slots = self._slots(levels)
         held = slots >= 0
         np.fmax.at(self.best_return, slots[held], returns[held])
-        for level, value in zip(levels[~held].tolist(), returns[~held].tolist()):
+        new_levels, which = np.unique(levels[~held], return_inverse=True)
+        best_of_new = np.full(len(new_levels), np.nan)
+        np.fmax.at(best_of_new, which, returns[~held])
+        for level, value in zip(new_levels.tolist(), best_of_new.tolist()):
             if level in self._candidates:
                 number, best = self._candidates[level]
                 self._candidates[level] = NewLevel(number, float(np.fmax(best, value)))
@@ -573,8 +583,15 @@ class LevelSampler:
         `default` where no episode has finished yet. ValueError for unknown levels.
         """
         levels = as_levels(levels)
+        by_env = levels.T.ravel()  # where a level stands many times in a row
+        first = np.append(True, by_env[1:] != by_env[:-1])[: len(by_env)]
+        run = np.cumsum(first) - 1
+        best = self._best_returns(by_env[first], default)[run]
+        return best.reshape(levels.T.shape).T
+
+    def _best_returns(self, levels: ndarray, default: float) -> ndarray:
         slots = self._slots(levels)
-        best = np.array(np.append(self.best_return, np.nan)[slots])  # slot -1: nan
+        best = np.append(self.best_return, np.nan)[slots]  # slot -1: nan
         new = slots < 0
         if self._candidates and new.any():
             known = np.array(list(self._candidates))

@@ -149,10 +149,23 @@ class ResidualBlock(nn.Module):
         return x + self.conv1(torch.relu(self.conv0(torch.relu(x))))
 
 
+class InputConv2d(nn.Conv2d):
+    """A convolution of an image's few channels. A GPU's tensor cores want eight: the others are 0,
+    which changes nothing but the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.in_channels % 8 == 0 or not x.is_cuda:
+            return super().forward(x)
+        missing = (0, 0, 0, 0, 0, -self.in_channels % 8)  # after the last channel
+        x = nn.functional.pad(x, missing)
+        weight = nn.functional.pad(self.weight, missing)
+        return nn.functional.conv2d(x, weight, self.bias, padding=self.padding)
+
+
 class ConvSequence(nn.Sequential):
     def __init__(self, in_channels: int, out_channels: int):
         super().__init__(
-            nn.Conv2d(in_channels, out_channels, kernel_size=3, padding=1),
+            InputConv2d(in_channels, out_channels, kernel_size=3, padding=1),
             nn.MaxPool2d(kernel_size=3, stride=2, padding=1),
             ResidualBlock(out_channels),
             ResidualBlock(out_channels),
@@ -166,6 +179,7 @@ class Agent(nn.Module):
         super().__init__()
         h, w, c = envs.single_observation_space.shape
         self.bf16 = precision == "bf16"
+        self.num_actions = int(envs.single_action_space.n)
         network = nn.Sequential(
             ConvSequence(c, 16),
             ConvSequence(16, 32),
@@ -176,7 +190,7 @@ class Agent(nn.Module):
             nn.ReLU(),
         )
         self.network = network.to(memory_format=torch.channels_last)
-        self.actor = nn.Linear(256, envs.single_action_space.n)
+        self.actor = nn.Linear(256, self.num_actions)
         self.critic = nn.Linear(256, 1)
         for layer, std in ((self.actor, 0.01), (self.critic, 1.0)):
             nn.init.orthogonal_(layer.weight, std)
@@ -275,7 +289,6 @@ def train(args: Args, run: "Run") -> None:
     n = N // WORLD
     own = slice(RANK * n, (RANK + 1) * n)
     torch.manual_seed(args.seed)  # network, actions, minibatches
-
     envs = make_envs(args, n, device)
     agent = Agent(envs, args.precision).to(device)
     acting = agent.acting_copy()
@@ -286,16 +299,17 @@ def train(args: Args, run: "Run") -> None:
     episodes = EpisodeStatistics(N, args.reward_norm_gamma)
 
     # ---- storage on the device: this process's environments ----
-    num_actions = int(envs.single_action_space.n)
-    obs_shape = envs.single_observation_space.shape
-    obs = torch.zeros((T, n, *obs_shape), dtype=torch.uint8, device=device)
+    empty_obs = gym.vector.utils.create_empty_array(envs.single_observation_space, n)
+    next_obs = torch.from_numpy(empty_obs).to(device)
+    obs = next_obs.new_zeros((T, *next_obs.shape))  # of the same dtype
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
     logprobs = torch.zeros((T, n), device=device)
-    logits = torch.zeros((T, n, num_actions), device=device)  # normalised: log-probabilities
+    logits = torch.zeros((T, n, agent.num_actions), device=device)  # normalised: log-probabilities
     values = torch.zeros((T + 1, n), device=device)  # values[T]: of what follows the rollout
-    noise = torch.zeros((N, num_actions), device=device)  # the same in every process
-    next_obs = torch.zeros((n, *obs_shape), dtype=torch.uint8, device=device)
+    noise = torch.zeros((N, agent.num_actions), device=device)  # the same in every process
     step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
+    b_targets = torch.zeros((3, T * N), device=device)  # advantages, returns, values, of all
+    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
 
     # ---- storage on the CPU: all environments ----
     rewards = np.zeros((T, N), np.float32)
@@ -314,12 +328,9 @@ def train(args: Args, run: "Run") -> None:
             storage.index_copy_(0, step_on_device, x[None])
         step_on_device.add_(1)
 
-    # ---- flatten the batch; b_targets: advantages, returns and values of all environments ----
     b_obs = obs.flatten(0, 1)
     b_actions = actions.view(-1)
     b_logprobs = logprobs.view(-1)
-    b_targets = torch.zeros((3, T * N), device=device)
-    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
 
     @functools.partial(CudaGraph, enabled=run.graphs and WORLD == 1)  # without communication
     @deterministic_gradients(args)
@@ -385,9 +396,8 @@ def train(args: Args, run: "Run") -> None:
         sampler.record_returns(levels[ended], finished["scaled_return"])  # for max_mc
         # bootstrap value if not done
         values[T] = acting.get_value(next_obs)
-        all_values = to_numpy(values)
-        nextvalues = all_values[1:]
-        b_values = all_values[:-1]
+        nextvalues = to_numpy(values[1:])
+        b_values = to_numpy(values[:-1])
         nextnonterminal = 1.0 - ended.astype(np.float32)
         deltas = scaled_rewards + args.gamma * nextvalues * nextnonterminal - b_values
         advantages = np.zeros_like(deltas)
@@ -409,7 +419,7 @@ def train(args: Args, run: "Run") -> None:
         elif args.score == "one_step_td_error":
             step_scores = np.abs(deltas)
         elif args.score == "policy_entropy":
-            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
+            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(agent.num_actions))
         elif args.score == "least_confidence":
             step_scores = to_numpy(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
@@ -433,8 +443,8 @@ def train(args: Args, run: "Run") -> None:
                 break
 
         # ---- log, evaluate, save ----
-        mean_losses = run.mean_losses(losses, updates)
-        run.log_iteration(log_row(run, mean_losses, finished, sampler, returns, b_values))
+        row = log_row(run, losses, updates, finished, sampler, returns, b_values)
+        run.log_iteration(row)
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
         run.end_iteration(envs)
@@ -532,7 +542,8 @@ def describe(args: Args) -> str:
 
 def log_row(
     run: "Run",
-    losses: dict[str, float],
+    losses: Tensor,
+    updates: int,
     finished: dict[str, np.ndarray],
     sampler: LevelSampler,
     returns: np.ndarray,
@@ -547,7 +558,7 @@ def log_row(
         "charts/learning_rate": float(run.parts["optimizer"].param_groups[0]["lr"]),
         # value_loss, policy_loss, entropy, grad_norm (before clipping), old_approx_kl, approx_kl,
         # clipfrac (share of samples beyond the clip range): means over the minibatches
-        **{f"losses/{name}": x for name, x in losses.items()},
+        **{f"losses/{name}": x for name, x in run.mean_losses(losses, updates).items()},
         # of the returns by the values; 1 is perfect
         "losses/explained_variance": explained_variance(values, returns),
         # see LevelSampler.metrics

@@ -181,6 +181,7 @@ class Agent(nn.Module):
         self.view = envs.single_observation_space["image"].shape
         h, w, c = self.view
         self.bf16 = precision == "bf16"
+        self.num_actions = int(envs.single_action_space.n)
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
         nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
@@ -195,7 +196,7 @@ class Agent(nn.Module):
         # The last input is 1 in a gap between packed episodes, where the gates i and f are
         # sigmoid(-1e4) = 0, which resets the state; saturated, so these weights are never trained.
         self.lstm.weight_ih_l0.data[: 2 * 256, -1] = -1e4
-        self.actor = head(int(envs.single_action_space.n), std=0.01)
+        self.actor = head(self.num_actions, std=0.01)
         self.critic = head(1, std=1.0)
         self.step_weights: list[Tensor] = []
 
@@ -344,36 +345,37 @@ def train(args: Args, run: "Run") -> None:
     n = N // WORLD
     own = slice(RANK * n, (RANK + 1) * n)
     torch.manual_seed(args.seed)  # network, actions, minibatches
-
     envs = make_envs(args, n, device)
     agent = Agent(envs, args.precision).to(device)
     optimizer = make_optimizer(agent, args, device)
     sampler = make_sampler(args)
 
     # ---- storage on the device: this process's environments ----
-    num_actions = int(envs.single_action_space.n)
     next_obs, _ = envs.reset(seed=0)  # every later observation is copied to these tensors
     images = torch.zeros((T, *next_obs["image"].shape), dtype=torch.uint8, device=device)
     directions = torch.zeros((T, n), dtype=torch.int64, device=device)
     begins = torch.zeros((T, n), device=device)  # 1: images[t] begins an episode
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
-    logits = torch.zeros((T, n, num_actions), device=device)  # normalised: log-probabilities
+    logits = torch.zeros((T, n, agent.num_actions), device=device)  # normalised: log-probabilities
     logprobs = torch.zeros((T, n), device=device)
     values = torch.zeros((T + 1, n), device=device)  # values[T]: of what follows the rollout
-    noise = torch.zeros((N, num_actions), device=device)  # the same in every process
+    noise = torch.zeros((N, agent.num_actions), device=device)  # the same in every process
     next_begins = torch.ones(n, device=device)
     lstm_state = torch.zeros((2, n, 256), device=device)  # h and c
-    outcome = torch.zeros((3, n), device=device)  # of a step: reward, terminated, truncated
+    own_rewards = torch.zeros((T, n), device=device)
+    next_timeouts = torch.zeros(n, device=device)  # 1: a time limit ended the episode before
+    final_values = torch.zeros((T, n), device=device)  # of what followed a time limit
     step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
+    b_targets = torch.zeros((3, T, N), device=device)  # advantages, returns, values, of all
+    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
 
     # ---- storage on the CPU: all environments ----
-    rewards = np.zeros((T, N), np.float32)
-    final_values = np.zeros((T, N), np.float32)  # of where a time limit ended the episode
     dones = np.zeros((T, N), bool)  # dones[t], set before step t: obs[t] begins an episode
     levels = np.zeros((T, N), np.int64)  # levels[t]: the level that obs[t] belongs to
     run.storage = {"images": images, "directions": directions, "actions": actions}
-    run.storage |= {"logits": logits, "values": values, "rewards": rewards, "levels": levels}
+    run.storage |= {"logits": logits, "values": values, "rewards": own_rewards, "levels": levels}
 
+    @functools.partial(maybe_compile, args=args)
     def decide_and_step() -> None:
         """A step of the policy and of the environments, which goes into the storage."""
         state = lstm_state * (1.0 - next_begins[:, None])
@@ -382,30 +384,19 @@ def train(args: Args, run: "Run") -> None:
         decided = ((actions, action), (logits, logit), (values, value))
         for storage, x in (*seen, (begins, next_begins), *decided):
             storage.index_copy_(0, step_on_device, x[None])
-        step_on_device.add_(1)
         phase("environment")
         obs, reward, terminations, truncations, _ = envs.step(action)
+        own_rewards.index_copy_(0, step_on_device, reward[None])
+        step_on_device.add_(1)
         overwrite(next_obs, obs)
         next_begins.copy_(terminations | truncations)
+        next_timeouts.copy_(truncations & ~terminations)
         lstm_state.copy_(torch.stack(next_state))
-        outcome.copy_(torch.stack((reward, terminations.float(), truncations.float())))
 
-    decide_and_step = maybe_compile(decide_and_step, args)
-
-    # the package's environments do not step on the device
-    @functools.partial(CudaGraph, enabled=run.graphs and args.env_id == "maze")
+    @functools.partial(CudaGraph, enabled=run.graphs and isinstance(envs, MazeEnvs))
     def act_and_step() -> None:
         noise.exponential_()
         decide_and_step()
-
-    @functools.partial(CudaGraph, enabled=run.graphs)
-    def next_value() -> Tensor:
-        """(n,) the critic's value of next_obs, in the episode so far."""
-        return agent.act(next_obs, lstm_state, noise[own])[1]
-
-    # ---- b_targets: advantages, returns and values of all environments ----
-    b_targets = torch.zeros((3, T, N), device=device)
-    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
 
     @functools.partial(CudaGraph, enabled=run.graphs and WORLD == 1)  # without communication
     @deterministic_gradients(args)
@@ -438,16 +429,15 @@ def train(args: Args, run: "Run") -> None:
             optimizer.param_groups[0]["lr"].fill_(frac * args.learning_rate)
 
         # ---- rollout ----
-        # Algorithm 1: sample the replay decision d, one for all environments
-        replay = sampler.decide_replay()
+        replay = sampler.decide_replay()  # Algorithm 1: the decision d, one for all environments
         # d = 0: a new level for each environment. d = 1: a level each from the buffer, by P_replay
         next_done = np.ones(N, bool)
         sampler.drop(next_done)  # the episodes that the last rollout cut off
         next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
-        obs, _ = envs.reset(seed=next_levels[own].tolist())
-        overwrite(next_obs, obs)
+        overwrite(next_obs, envs.reset(seed=next_levels[own].tolist())[0])
         next_begins.fill_(1.0)
         agent.prepare_to_act()
+        final_values.zero_()
         step_on_device.zero_()
         for step in range(0, args.num_steps):
             phase("inference")
@@ -455,17 +445,17 @@ def train(args: Args, run: "Run") -> None:
             levels[step] = next_levels
             act_and_step()
             phase("transfer")
-            rewards[step], terminations, truncations = to_numpy(outcome)
+            next_done = to_numpy(next_begins) > 0  # (N,) bool
             phase("rest")
-            next_done = terminations + truncations > 0  # (N,) bool
-            if args.bootstrap_timeouts:
-                timeouts = truncations > terminations
-                final_values[step] = to_numpy(next_value()) * timeouts if timeouts.any() else 0.0
             if next_done.any():
+                if args.bootstrap_timeouts:
+                    final_value = agent.act(next_obs, lstm_state, noise[own])[1]
+                    final_values[step] = next_timeouts * final_value
                 phase("sampler")
                 # d = 0: the same level again. d = 1: another one (after the last step too, as dcd)
-                again = None if replay else next_levels
-                next_levels = sampler.next_levels(next_done, replay, again)
+                next_levels = sampler.next_levels(
+                    next_done, replay, None if replay else next_levels
+                )
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
                 obs, _ = envs.reset(seed=next_levels[own].tolist(), options=options)
@@ -474,14 +464,15 @@ def train(args: Args, run: "Run") -> None:
         # ---- advantages (GAE), of all environments ----
         phase("rest")
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
+        rewards = to_numpy(own_rewards)
         finished = finished_episodes(rewards, ended)
         sampler.record_returns(levels[ended], finished["return"])  # for max_mc
         logprobs.copy_(logits.gather(-1, actions[..., None]).squeeze(-1))
-        values[T] = next_value() if args.bootstrap_timeouts else 0.0  # bootstrap value if not done
-        all_values = to_numpy(values)
-        b_values = all_values[:-1]
+        if args.bootstrap_timeouts:
+            values[T] = agent.act(next_obs, lstm_state, noise[own])[1]
+        b_values = to_numpy(values[:-1])
         nextnonterminal = 1.0 - ended.astype(np.float32)
-        nextvalues = all_values[1:] * nextnonterminal + final_values
+        nextvalues = to_numpy(values[1:]) * nextnonterminal + to_numpy(final_values)
         deltas = rewards + args.gamma * nextvalues - b_values
         advantages = np.zeros_like(deltas)
         lastgaelam = np.zeros(N, np.float32)
@@ -504,7 +495,7 @@ def train(args: Args, run: "Run") -> None:
         elif args.score == "one_step_td_error":
             step_scores = np.abs(deltas)
         elif args.score == "policy_entropy":
-            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(num_actions))
+            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(agent.num_actions))
         elif args.score == "least_confidence":
             step_scores = to_numpy(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
@@ -518,8 +509,7 @@ def train(args: Args, run: "Run") -> None:
         b_targets.copy_(torch.from_numpy(np.stack((advantages, returns, b_values))))
         losses.zero_()
         updates = 0
-        # Robust PLR learns nothing from new levels, so nothing is computed for them
-        learns = replay or args.curriculum != "robust_plr"
+        learns = replay or args.curriculum != "robust_plr"  # else there is nothing to compute
         for epoch in range(args.update_epochs if learns else 0):
             for mb_envs in deal_environments(N, args.num_minibatches):
                 length = packed_length(dones[:, mb_envs], 32 if run.graphs else 1)
@@ -531,8 +521,7 @@ def train(args: Args, run: "Run") -> None:
         run.totals["untrained_steps"] += 0 if learns else args.batch_size
 
         # ---- log, evaluate, save ----
-        mean_losses = run.mean_losses(losses, updates)
-        row = log_row(run, mean_losses, finished, sampler, returns, b_values)
+        row = log_row(run, losses, updates, finished, sampler, returns, b_values)
         run.log_iteration(row | level_metrics(args, sampler, levels[dones], replay))
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
@@ -603,7 +592,8 @@ def describe(args: Args) -> str:
 
 def log_row(
     run: "Run",
-    losses: dict[str, float],
+    losses: Tensor,
+    updates: int,
     finished: dict[str, np.ndarray],
     sampler: LevelSampler,
     returns: np.ndarray,
@@ -624,7 +614,7 @@ def log_row(
         "charts/learning_rate": float(run.parts["optimizer"].param_groups[0]["lr"]),
         # value_loss, policy_loss, entropy, grad_norm (before clipping), old_approx_kl, approx_kl,
         # clipfrac (share of samples beyond the clip range): means over the minibatches
-        **{f"losses/{name}": x for name, x in losses.items()},
+        **{f"losses/{name}": x for name, x in run.mean_losses(losses, updates).items()},
         # of the returns by the values; 1 is perfect
         "losses/explained_variance": explained_variance(values, returns),
         # see LevelSampler.metrics; seen_share is the buffer's fill
@@ -1106,7 +1096,7 @@ def play(
     next_obs, _ = envs.reset(**reset)
     device = next_obs["direction"].device
     state = torch.zeros((2, envs.num_envs, 256), device=device)
-    noise = torch.zeros((envs.num_envs, int(envs.single_action_space.n)), device=device)
+    noise = torch.zeros((envs.num_envs, agent.num_actions), device=device)
     outcome = torch.zeros((2, envs.num_envs), device=device)  # of a step: reward, done
 
     def act_and_step() -> None:
