@@ -446,16 +446,14 @@ def train(args: Args, run: "Run") -> None:
             act_and_step()
             phase("transfer")
             next_done = to_numpy(next_begins) > 0  # (N,) bool
-            phase("rest")
             if next_done.any():
                 if args.bootstrap_timeouts:
                     final_value = agent.act(next_obs, lstm_state, noise[own])[1]
                     final_values[step] = next_timeouts * final_value
                 phase("sampler")
                 # d = 0: the same level again. d = 1: another one (after the last step too, as dcd)
-                next_levels = sampler.next_levels(
-                    next_done, replay, None if replay else next_levels
-                )
+                again = None if replay else next_levels
+                next_levels = sampler.next_levels(next_done, replay, again)
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
                 obs, _ = envs.reset(seed=next_levels[own].tolist(), options=options)
