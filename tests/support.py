@@ -32,7 +32,7 @@ TINY = {  # flags of a whole run of a second or two, in which episodes end and l
     "ppo_robust_plr_minigrid": "--num-envs 4 --num-steps 24 --update-epochs 2 --maze-size 7 --num-walls 6"
     " --max-steps 20 --buffer-size 12 --rho 0.3 --total-timesteps 960 --eval-episodes 1",
 }
-HALF = {ppo_plr_procgen: "--total-timesteps 160", ppo_robust_plr_minigrid: "--total-timesteps 480"}
+HALF = {ppo_plr_procgen: "--total-timesteps 160", ppo_robust_plr_minigrid: "--total-timesteps 576"}
 
 
 # ---- starting a script ------------------------------------------------------------------------------
@@ -67,6 +67,8 @@ class Process:
 
     def __init__(self, script: ModuleType, flags: str, output: Path, prelude: str = "", **env: str):
         self.printed = [Path(f"{output}{suffix}") for suffix in (".out", ".err")]
+        for path in self.printed:
+            path.write_text("")
         context = multiprocessing.get_context("forkserver")
         context.set_forkserver_preload(["warm"])
         with pytest.MonkeyPatch.context() as patch:
@@ -76,11 +78,13 @@ class Process:
         self.process = context.Process(target=in_child, args=(script.__name__, flags, self.printed, prelude, env))
         self.process.start()
 
-    def send_signal(self, number: int) -> None:
-        os.kill(self.process.pid, number)
-
     def is_alive(self) -> bool:
         return self.process.is_alive()
+
+    def kill_after(self, seconds: float) -> None:
+        """With SIGKILL, unless it ends before."""
+        self.process.join(seconds)
+        self.process.kill()
 
     def wait(self) -> subprocess.CompletedProcess:
         """Its exit status (-9: killed) and what it printed."""
@@ -93,7 +97,7 @@ class Process:
 
 def in_child(name: str, flags: str, printed: list[Path], prelude: str, env: dict[str, str]) -> None:
     for number, path in enumerate(printed, 1):
-        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+        os.dup2(os.open(path, os.O_WRONLY), number)
     os.environ.update(env)
     os.chdir(ROOT)
     torch.set_num_threads(1)
