@@ -6,11 +6,14 @@ from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: each core has a test process already
+# before PyTorch is imported: each core has a test process already
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game")
+    parser.addoption(
+        "--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game"
+    )
 
 
 @pytest.fixture(params=["ppo_plr_procgen", "ppo_robust_plr_minigrid"])
@@ -21,8 +24,10 @@ def script(request):
 
 @pytest.fixture
 def brief(monkeypatch):
-    """The evaluations of this test's runs in this process are short, as those of `support.Process` are."""
-    from support import SCRIPTS, shorten_evaluation  # here, as tests/integrations/ runs without what the scripts need
+    """The evaluations of this test's runs in this process are short, as those of `support.Process`
+    are."""
+    # here, as tests/integrations/ runs without what the scripts need
+    from support import SCRIPTS, shorten_evaluation
 
     for script in SCRIPTS:
         shorten_evaluation(script, monkeypatch.setattr)
@@ -37,20 +42,24 @@ def shared(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def finished_run(shared):
-    """finished_run(script): the directory of a tiny run as a user makes it, made once; tests leave it as it was."""
+    """finished_run(script): the directory of a tiny run as a user makes it, made once; tests leave
+    it as it was."""
     from support import TINY, made_once, train
 
     @functools.cache
     def finished_run(script) -> Path:
         name = script.__name__
-        return made_once(shared / f"finished_{name}", lambda run_dir: train(script, TINY[name], run_dir))
+        return made_once(
+            shared / f"finished_{name}", lambda run_dir: train(script, TINY[name], run_dir)
+        )
 
     return finished_run
 
 
 @pytest.fixture(scope="session")
 def brief_run(shared):
-    """brief_run(script, flags): the same with more flags and a brief evaluation, in a process forked for it."""
+    """brief_run(script, flags): the same with more flags and a brief evaluation, in a process
+    forked for it."""
     from support import TINY, Process, made_once
 
     @functools.cache

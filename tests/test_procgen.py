@@ -33,13 +33,22 @@ main = functools.partial(support.main, script)
 NOTHING = {"train_return": 0.0, "test_return": 0.0, "episodes": {}}
 
 
-# ---- levels ----------------------------------------------------------------------------------------------------------
+# ---- levels --------------------------------------------------------------------------------------
 
 
-def fresh_episode(game: str, mode: str, level: int, actions: np.ndarray) -> list[tuple[np.ndarray, float, bool]]:
-    """(observation, reward, done) per step of an environment that has never played anything but this level."""
+def fresh_episode(
+    game: str, mode: str, level: int, actions: np.ndarray
+) -> list[tuple[np.ndarray, float, bool]]:
+    """(observation, reward, done) per step of an environment that has never played anything but
+    this level."""
     env = ProcgenGym3Env(
-        num=1, env_name=game, distribution_mode=mode, num_levels=1, start_level=level, rand_seed=7, num_threads=0
+        num=1,
+        env_name=game,
+        distribution_mode=mode,
+        num_levels=1,
+        start_level=level,
+        rand_seed=7,
+        num_threads=0,
     )
     steps = [(env.observe()[1]["rgb"][0], 0.0, False)]
     for action in actions:
@@ -65,18 +74,26 @@ def assert_levels_are_exact(game: str, mode: str, num_steps: int = 120) -> None:
         envs.reset(seed=levels, options={"reset_mask": first_half})
         obs, _ = envs.reset(seed=levels, options={"reset_mask": ~first_half})
         actions = rng.integers(15, size=(num_steps, 4))
-        expected = [fresh_episode(game, mode, level, actions[:, i]) for i, level in enumerate(levels)]
+        expected = [
+            fresh_episode(game, mode, level, actions[:, i]) for i, level in enumerate(levels)
+        ]
         for i in range(4):
-            assert np.array_equal(obs[i], expected[i][0][0]), f"{game}: level {levels[i]} starts differently"
+            assert np.array_equal(obs[i], expected[i][0][0]), (
+                f"{game}: level {levels[i]} starts differently"
+            )
         for t in range(num_steps):
             level_seeds = [info["level_seed"] for info in envs.procgen.get_info()]
             obs, rewards, terminations, _, _ = envs.step(actions[t])
             for i in range(4):
                 if t + 1 < len(expected[i]):
                     assert level_seeds[i] == levels[i]
-                    assert (rewards[i], terminations[i]) == expected[i][t + 1][1:], f"{game}, step {t}"
+                    assert (rewards[i], terminations[i]) == expected[i][t + 1][1:], (
+                        f"{game}, step {t}"
+                    )
                     if not terminations[i]:
-                        assert np.array_equal(obs[i], expected[i][t + 1][0]), f"{game}: level {levels[i]}, step {t}"
+                        assert np.array_equal(obs[i], expected[i][t + 1][0]), (
+                            f"{game}: level {levels[i]}, step {t}"
+                        )
     envs.close()
 
 
@@ -85,7 +102,9 @@ def test_a_reset_starts_exactly_the_level_whatever_was_played_before(game):
     assert_levels_are_exact(game, "easy")
 
 
-@pytest.mark.parametrize("game, mode", [("bigfish", "hard"), ("leaper", "extreme"), ("heist", "memory")])
+@pytest.mark.parametrize(
+    "game, mode", [("bigfish", "hard"), ("leaper", "extreme"), ("heist", "memory")]
+)
 def test_levels_are_exact_in_the_other_modes(game, mode):
     assert_levels_are_exact(game, mode)
 
@@ -94,7 +113,12 @@ def test_procgens_own_reset_leaks_state_in_dodgeball():
     """The reason for set_state; also shows that such a comparison can fail."""
     differing, rng = 0, np.random.default_rng(0)
     for level in range(4):
-        options = {"env_name": "dodgeball", "distribution_mode": "easy", "num_levels": 1, "start_level": level}
+        options = {
+            "env_name": "dodgeball",
+            "distribution_mode": "easy",
+            "num_levels": 1,
+            "start_level": level,
+        }
         env = ProcgenGym3Env(num=1, rand_seed=7, num_threads=0, **options)
         first = np.zeros(1, bool)
         while not first[0]:
@@ -136,7 +160,9 @@ def test_observed_levels_are_the_samplers_assignments(curriculum, monkeypatch, t
     monkeypatch.setattr(script, "ProcgenLevels", Watched)
     monkeypatch.setattr(script, "evaluate", lambda *args: NOTHING)
     rollouts = watch_sampler(script, monkeypatch)
-    flags = f"{TINY} --env-id bossfight --num-steps 48 --total-timesteps 384 --curriculum {curriculum}"
+    flags = (
+        f"{TINY} --env-id bossfight --num-steps 48 --total-timesteps 384 --curriculum {curriculum}"
+    )
     main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
     assigned = np.concatenate([rollout.levels for rollout in rollouts])
     assert observed == assigned.tolist()
@@ -147,9 +173,17 @@ def test_evaluation_levels_are_fixed_distinct_and_never_trained_on():
     args = script.Args(seed=3, num_levels=200, start_level=50)
     levels = script.evaluation_levels(args)
     test_levels, train_levels = levels[:100], levels[100:]
-    assert np.array_equal(levels, script.evaluation_levels(script.Args(seed=3, num_levels=200, start_level=50)))
-    assert not np.array_equal(levels, script.evaluation_levels(script.Args(seed=4, num_levels=200, start_level=50)))
-    assert len(set(levels)) == 200 and test_levels.min() >= script.FIRST_TEST_LEVEL and test_levels.max() < 2**31
+    assert np.array_equal(
+        levels, script.evaluation_levels(script.Args(seed=3, num_levels=200, start_level=50))
+    )
+    assert not np.array_equal(
+        levels, script.evaluation_levels(script.Args(seed=4, num_levels=200, start_level=50))
+    )
+    assert (
+        len(set(levels)) == 200
+        and test_levels.min() >= script.FIRST_TEST_LEVEL
+        and test_levels.max() < 2**31
+    )
     assert train_levels.min() >= 50 and train_levels.max() < 250
     few = script.evaluation_levels(script.Args(num_levels=3))[100:]
     assert sorted(set(few)) == [0, 1, 2] and np.bincount(few).min() >= 33
@@ -157,7 +191,7 @@ def test_evaluation_levels_are_fixed_distinct_and_never_trained_on():
     assert unbounded[100:].max() < script.FIRST_TEST_LEVEL <= unbounded[:100].min()
 
 
-# ---- numbers, on an environment small enough to do by hand -----------------------------------------------------------
+# ---- numbers, on an environment small enough to do by hand ---------------------------------------
 
 
 class ImageCorridor(Corridor):
@@ -177,12 +211,18 @@ class Table(TableAgent):
 
 def scaled_rewards(levels: np.ndarray, dones: np.ndarray, gamma: float) -> np.ndarray:
     """[T, N] of a run's first rollout, in plain loops."""
-    scaled, t_of, discounted, samples = np.zeros(levels.shape), steps_since_start(dones), np.zeros(levels.shape[1]), []
+    scaled, t_of, discounted, samples = (
+        np.zeros(levels.shape),
+        steps_since_start(dones),
+        np.zeros(levels.shape[1]),
+        [],
+    )
     for step in range(len(levels)):
         reward = REWARDS[levels[step] % 3, t_of[step]]
         discounted = discounted * gamma + reward
         samples += discounted.tolist()
-        count = len(samples) + 1e-4  # the running variance starts as 1e-4 observations of mean 0 and variance 1
+        # the running variance starts as 1e-4 observations of mean 0 and variance 1
+        count = len(samples) + 1e-4
         mean = sum(samples) / count
         variance = (sum(x * x for x in samples) + 1e-4) / count - mean**2
         scaled[step] = np.clip(reward / np.sqrt(variance + 1e-8), -10, 10)
@@ -195,13 +235,16 @@ def test_each_score_by_hand(score, monkeypatch, tmp_path):
     rollouts = watch_sampler(script, monkeypatch)
     monkeypatch.setattr(script, "Agent", Table)
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs: ImageCorridor(num_envs))
-    flags = "--num-envs 3 --num-steps 14 --total-timesteps 42 --num-minibatches 2 --gamma 0.9 --gae-lambda 0.8"
-    flags += f" --num-levels 6 --eval-episodes 3 --reward-norm-gamma 0.95 --score {score} --run-dir {tmp_path}/run"
+    flags = "--num-envs 3 --num-steps 14 --total-timesteps 42 --num-minibatches 2 --gamma 0.9"
+    flags += " --gae-lambda 0.8"
+    flags += f" --num-levels 6 --eval-episodes 3 --reward-norm-gamma 0.95 --score {score}"
+    flags += f" --run-dir {tmp_path}/run"
     main(monkeypatch, flags)
     levels, step_scores, dones, *_ = rollouts[0]
     assert 5 < dones.sum() < dones.size and not dones[-1].all()  # several episodes, and tails
     rewards = scaled_rewards(levels, dones, 0.95)
-    values, deltas = td_errors(levels, dones, rewards, 0.9, cut=~dones)  # a time limit would count as an end
+    # a time limit would count as an end
+    values, deltas = td_errors(levels, dones, rewards, 0.9, cut=~dones)
     best, _ = best_returns(levels, dones, rewards)
     expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)[score]
     np.testing.assert_allclose(step_scores, expected, rtol=1e-5, atol=1e-5)
@@ -234,11 +277,14 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     rollouts = watch_sampler(script, monkeypatch)
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs: ImageCorridor(num_envs))
     monkeypatch.setattr(torch, "randperm", recorded)
-    flags = "--num-envs 2 --num-steps 12 --total-timesteps 24 --num-minibatches 2 --update-epochs 2 --gamma 0.9"
-    flags += " --gae-lambda 0.8 --clip-coef 0.02 --ent-coef 0.05 --vf-coef 0.7 --max-grad-norm 0.3 --eval-episodes 1"
+    flags = "--num-envs 2 --num-steps 12 --total-timesteps 24 --num-minibatches 2"
+    flags += " --update-epochs 2 --gamma 0.9"
+    flags += " --gae-lambda 0.8 --clip-coef 0.02 --ent-coef 0.05 --vf-coef 0.7 --max-grad-norm 0.3"
+    flags += " --eval-episodes 1"
     main(monkeypatch, f"{flags} --learning-rate 0.01 --run-dir {tmp_path}/run")
 
-    # the rollout: rewards by hand, values as recorded, GAE by the textbook's backward recursion in numpy
+    # the rollout: rewards by hand, values as recorded, GAE by the textbook's backward recursion in
+    # numpy
     obs, actions, logprobs, _, values, _ = (torch.stack(x) for x in zip(*calls[:12]))
     levels, _, dones, *_ = rollouts[0]
     rewards = scaled_rewards(levels, dones, 0.99)
@@ -263,7 +309,9 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
     assert_trained_like(plain, names, start, tmp_path / "run", atol=2e-5)
 
 
-def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_stream_alone(monkeypatch):
+def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_stream_alone(
+    monkeypatch,
+):
     made = []
 
     def make(args, num_envs):
@@ -277,45 +325,63 @@ def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_str
     assert torch.equal(before, torch.get_rng_state())
     episodes = result["episodes"]
     assert [len(envs.started) for envs in made] == [150, 150]  # in two chunks
-    assert sum((envs.started for envs in made), []) == episodes["test_levels"] + episodes["train_levels"]
+    assert (
+        sum((envs.started for envs in made), [])
+        == episodes["test_levels"] + episodes["train_levels"]
+    )
     for part in ("test", "train"):
-        expected = [REWARDS[level % 3][: LENGTHS[level % 3]].sum() for level in episodes[f"{part}_levels"]]
+        expected = [
+            REWARDS[level % 3][: LENGTHS[level % 3]].sum() for level in episodes[f"{part}_levels"]
+        ]
         assert episodes[f"{part}_returns"] == expected
         assert result[f"{part}_return"] == pytest.approx(np.mean(expected))
         assert result[f"{part}_return_std"] == pytest.approx(np.std(expected))
-    assert result["generalization_gap"] == pytest.approx(result["train_return"] - result["test_return"])
+    assert result["generalization_gap"] == pytest.approx(
+        result["train_return"] - result["test_return"]
+    )
 
 
 class Bandit(Corridor):
-    """Four steps; action 2 gives 1. Return 1 by chance, 4 at best. This is all that a fork has to write."""
+    """Four steps; action 2 gives 1. Return 1 by chance, 4 at best. This is all that a fork has to
+    write."""
 
     image_shape = 16, 16, 3  # small, as the network is slow
 
     def step(self, actions):
         self.t += 1
         done = self.t == 4
-        return self.look(), (np.asarray(actions) == 2).astype(np.float32), done, np.zeros_like(done), {}
+        return (
+            self.look(),
+            (np.asarray(actions) == 2).astype(np.float32),
+            done,
+            np.zeros_like(done),
+            {},
+        )
 
 
 def test_it_learns_on_another_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs: Bandit(num_envs))
-    flags = "--num-envs 8 --num-steps 32 --total-timesteps 2560 --num-minibatches 2 --num-levels 6 --eval-episodes 4"
+    flags = "--num-envs 8 --num-steps 32 --total-timesteps 2560 --num-minibatches 2"
+    flags += " --num-levels 6 --eval-episodes 4"
     main(monkeypatch, f"{flags} --learning-rate 0.001 --run-dir {tmp_path}/run")
     returns = [row["episodic_return"] for row in rows(tmp_path / "run/progress.csv")]
     assert returns[0] < 2 and returns[-1] > 3
 
 
-# ---- whole runs --------------------------------------------------------------------------------------
+# ---- whole runs ----------------------------------------------------------------------------------
 
 
 def test_a_finished_run(finished_run):
     """What is Procgen's alone; the rest is in test_both_scripts.py."""
-    progress, episodes = rows(finished_run(script) / "progress.csv"), result_of(finished_run(script))["evaluation"]["episodes"]
+    progress, episodes = (
+        rows(finished_run(script) / "progress.csv"),
+        result_of(finished_run(script))["evaluation"]["episodes"],
+    )
     assert all(row["entropy"] > 0 for row in progress) and progress[-1]["replay_share"] > 0
     assert len(episodes["test_returns"]) == len(episodes["train_returns"]) == 2
 
 
-# ---- failures ----------------------------------------------------------------------------------------
+# ---- failures ------------------------------------------------------------------------------------
 
 
 def test_missing_system_libraries_are_named(monkeypatch, tmp_path, capsys):
@@ -326,4 +392,8 @@ def test_missing_system_libraries_are_named(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, f"{TINY} --run-dir {tmp_path}/run")
     message = capsys.readouterr().err
-    assert stop.value.code == 2 and "libGL.so.1" in message and "apt-get install libgl1 libglib2.0-0" in message
+    assert (
+        stop.value.code == 2
+        and "libGL.so.1" in message
+        and "apt-get install libgl1 libglib2.0-0" in message
+    )

@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from functools import partial
+import time
 from pathlib import Path
 
 import gymnasium as gym
@@ -46,15 +46,28 @@ def is_as_large(path: Path, size: float) -> bool:
     return (path.stat().st_size if path.exists() else 0) >= size
 
 
-# ---- resume ------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script, curriculum", CURRICULA)
-def test_a_resumed_run_equals_the_uninterrupted_one(script, curriculum, brief_run, monkeypatch, tmp_path):
-    whole, flags = brief_run(script, f"{EVALUATED} --curriculum {curriculum}"), TINY[script.__name__]
-    main(script, monkeypatch, f"{flags} {EVALUATED} --curriculum {curriculum} {HALF[script]} --run-dir {tmp_path}/half")
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    script, curriculum, brief_run, monkeypatch, tmp_path
+):
+    whole, flags = (
+        brief_run(script, f"{EVALUATED} --curriculum {curriculum}"),
+        TINY[script.__name__],
+    )
+    main(
+        script,
+        monkeypatch,
+        f"{flags} {EVALUATED} --curriculum {curriculum} {HALF[script]} --run-dir {tmp_path}/half",
+    )
     steps = json.loads((whole / "args.json").read_text())["total_timesteps"]
-    main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps {steps} --checkpoint-interval 3")
+    main(
+        script,
+        monkeypatch,
+        f"--resume {tmp_path}/half --total-timesteps {steps} --checkpoint-interval 3",
+    )
     assert_same_run(tmp_path / "half", whole)
     assert json.loads((tmp_path / "half/args.json").read_text())["total_timesteps"] == steps
     seconds = [row["wall_seconds"] for row in rows(tmp_path / "half/progress.csv")]
@@ -64,10 +77,15 @@ def test_a_resumed_run_equals_the_uninterrupted_one(script, curriculum, brief_ru
 @pytest.mark.slow
 def test_killed_and_resumed_as_a_user_does_it(script, finished_run, tmp_path):
     """Nothing in the way of the script: its own evaluation, and a start of Python each time."""
-    run_dir, command = tmp_path / "run", [sys.executable, f"{script.__name__}.py", *TINY[script.__name__].split()]
+    run_dir, command = (
+        tmp_path / "run",
+        [sys.executable, f"{script.__name__}.py", *TINY[script.__name__].split()],
+    )
     command += ["--checkpoint-interval", "1", "--run-dir", str(run_dir)]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for((run_dir / "progress.csv").exists)
     process.kill()
     assert process.wait() == -signal.SIGKILL and not (run_dir / "result.json").exists()
@@ -76,18 +94,28 @@ def test_killed_and_resumed_as_a_user_does_it(script, finished_run, tmp_path):
     assert_same_run(run_dir, finished_run(script))
 
 
-def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(script, brief_run, monkeypatch, tmp_path):
+def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(
+    script, brief_run, monkeypatch, tmp_path
+):
     kill = "s.LevelSampler.update = lambda *args, **kwargs: os.kill(os.getpid(), 9)"
-    flags, again = f"{TINY[script.__name__]} {EVALUATED} --run-dir {tmp_path}/run", f"--resume {tmp_path}/run"
+    flags, again = (
+        f"{TINY[script.__name__]} {EVALUATED} --run-dir {tmp_path}/run",
+        f"--resume {tmp_path}/run",
+    )
     for command in (flags, again):
-        assert Process(script, command, tmp_path / "printed", kill).wait().returncode == -signal.SIGKILL
+        assert (
+            Process(script, command, tmp_path / "printed", kill).wait().returncode
+            == -signal.SIGKILL
+        )
     main(script, monkeypatch, again)
     assert_same_run(tmp_path / "run", brief_run(script, EVALUATED))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("seed", range(4))
-def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(seed, script, brief_run, tmp_path):
+def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(
+    seed, script, brief_run, tmp_path
+):
     expected, rng, killed = brief_run(script, EVALUATED), random.Random(seed), 0
     run_dir, progress = tmp_path / "run", tmp_path / "run/progress.csv"
     new = f"{TINY[script.__name__]} --eval-interval 2 --checkpoint-interval 1 --run-dir {run_dir}"
@@ -98,7 +126,8 @@ def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(seed
         if killed < 5:
             size = progress.stat().st_size if progress.exists() else 0
             until = size + rng.random() * (left - size) / 2
-            wait_for(lambda: is_as_large(progress, until) or not process.is_alive())
+            while process.is_alive() and not is_as_large(progress, until):
+                time.sleep(0.005)
             process.kill_after(rng.random() * 0.1)
         done = process.wait()
         assert done.returncode in (0, -signal.SIGKILL), done.stderr
@@ -110,16 +139,23 @@ def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(seed
 
 
 @pytest.mark.parametrize("name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
-def test_a_signal_ends_a_run_after_its_iteration(name, status, script, brief_run, monkeypatch, tmp_path):
+def test_a_signal_ends_a_run_after_its_iteration(
+    name, status, script, brief_run, monkeypatch, tmp_path
+):
     run_dir = tmp_path / "run"
     flags = f"{TINY[script.__name__]} {EVALUATED} --run-dir {run_dir}"
-    process = Process(script, flags, tmp_path / "printed", f"""
+    process = Process(
+        script,
+        flags,
+        tmp_path / "printed",
+        f"""
 update = s.LevelSampler.update
 def signalled(sampler, *args, **kwargs):
     os.kill(os.getpid(), {getattr(signal, name).value})  # in the first iteration
     s.LevelSampler.update = update
     return update(sampler, *args, **kwargs)
-s.LevelSampler.update = signalled""")
+s.LevelSampler.update = signalled""",
+    )
     done = process.wait()
     assert done.returncode == status, done.stderr
     (flags,) = re.findall(rf"python {script.__name__}.py (--resume .*)", done.stdout)
@@ -130,11 +166,14 @@ s.LevelSampler.update = signalled""")
     assert_same_run(run_dir, brief_run(script, EVALUATED))
 
 
-def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(script, brief_run, monkeypatch, tmp_path):
+def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(
+    script, brief_run, monkeypatch, tmp_path
+):
     whole, flags = brief_run(script, EVALUATED), TINY[script.__name__]
     main(script, monkeypatch, f"{flags} {EVALUATED} {HALF[script]} --run-dir {tmp_path}/half")
     half = files(tmp_path / "half")
-    for name in ("progress.csv", "evaluations.csv"):  # as a kill leaves them: rows too many, the last one cut short
+    # as a kill leaves them: rows too many, the last one cut short
+    for name in ("progress.csv", "evaluations.csv"):
         (tmp_path / "half" / name).write_bytes((whole / name).read_bytes()[: len(half[name]) + 150])
     steps = json.loads((whole / "args.json").read_text())["total_timesteps"]
     main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps {steps}")
@@ -149,7 +188,9 @@ def test_a_run_killed_just_before_its_result_writes_that(script, brief_run, monk
     assert result_of(tmp_path / "run")["evaluation"] == result_of(brief_run(script))["evaluation"]
 
 
-def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(monkeypatch, tmp_path, capsys):
+def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(
+    monkeypatch, tmp_path, capsys
+):
     script = ppo_plr_procgen
     monkeypatch.delattr(script.ProcgenLevels, "get_state")
     main(script, monkeypatch, f"{TINY[script.__name__]} {HALF[script]} --run-dir {tmp_path}/run")
@@ -161,11 +202,15 @@ def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(mo
     assert progress[-1]["dropped"] == 4 and len(progress) == 4
 
 
-# ---- what cannot be resumed ------------------------------------------------------------------------------------------
+# ---- what cannot be resumed ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "malicious", "newer", "foreign", "missing"])
-def test_a_run_that_cannot_be_loaded_is_left_as_it_is(damage, script, finished_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "damage", ["truncated", "garbage", "malicious", "newer", "foreign", "missing"]
+)
+def test_a_run_that_cannot_be_loaded_is_left_as_it_is(
+    damage, script, finished_run, tmp_path, monkeypatch, capsys
+):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(script), run_dir)
     path, other = run_dir / "checkpoint.pt", SCRIPTS[script is SCRIPTS[0]]
@@ -178,7 +223,8 @@ def test_a_run_that_cannot_be_loaded_is_left_as_it_is(damage, script, finished_r
         path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "hacked").encode() + b"'\ntR.")
     elif damage == "newer":
         torch.save(torch.load(path, weights_only=True) | {"format": f"{script.__name__} 99"}, path)
-        why = f"the format of its checkpoint is '{script.__name__} 99', this script's is '{script.FORMAT}'"
+        why = f"the format of its checkpoint is '{script.__name__} 99', this script's is "
+        why += f"'{script.FORMAT}'"
     elif damage == "foreign":
         shutil.copy(finished_run(other) / "checkpoint.pt", path)
         why = f"the format of its checkpoint is '{other.FORMAT}'"
@@ -191,21 +237,26 @@ def test_a_run_that_cannot_be_loaded_is_left_as_it_is(damage, script, finished_r
     assert before == files(run_dir)
 
 
-def test_flags_that_contradict_the_run_are_refused_by_name(script, finished_run, tmp_path, monkeypatch, capsys):
+def test_flags_that_contradict_the_run_are_refused_by_name(
+    script, finished_run, tmp_path, monkeypatch, capsys
+):
     run_dir = finished_run(script)
     for flags, expected in {
         "": "must be raised: ",
         "--total-timesteps 9600 --seed 2": "--seed 2 must be 1, as in the run to resume",
-        "--total-timesteps 9600 --curriculum plr --learning-rate 0.1": "--learning-rate 0.1 must be ",
+        "--total-timesteps 9600 --curriculum plr --learning-rate 0.1": "--learning-rate 0.1 must "
+        "be ",
         "--total-timesteps 96": "--total-timesteps 96 must be ",
         "--total-timesteps 9600 --eval-interval 3": "--eval-interval 3 must be ",
     }.items():
         if script is ppo_robust_plr_minigrid:
             flags = flags.replace("--curriculum plr", "--curriculum robust_plr")
-        assert_refused(script, monkeypatch, tmp_path, capsys, f"--resume {run_dir} {flags}", expected)
+        assert_refused(
+            script, monkeypatch, tmp_path, capsys, f"--resume {run_dir} {flags}", expected
+        )
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def assert_stopped(done: subprocess.CompletedProcess, run_dir: Path, *expected: str) -> None:
@@ -222,16 +273,20 @@ def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
     size = (brief_run(script) / "checkpoint.pt").stat().st_size
     flags, disk = f"{TINY[script.__name__]} --checkpoint-interval 2", tmp_path / "disk"
     disk.mkdir()
-    if kind == "tmpfs":  # room for the checkpoints but not for the logs; then for the first checkpoint alone
+    # room for the checkpoints but not for the logs; then for the first checkpoint alone
+    if kind == "tmpfs":
         mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("mounting a tmpfs is not allowed here")
         prelude, expected = "", "No space left on device"
     else:
         expected = "File too large"
-        prelude = f"import resource\nresource.setrlimit(resource.RLIMIT_FSIZE, ({int(0.9 * size)}, {int(0.9 * size)}))"
+        limit = f"resource.RLIMIT_FSIZE, ({int(0.9 * size)}, {int(0.9 * size)})"
+        prelude = f"import resource\nresource.setrlimit({limit})"
     try:
-        done = Process(script, f"{flags} --run-dir {disk}/run", tmp_path / "printed", prelude).wait()
+        done = Process(
+            script, f"{flags} --run-dir {disk}/run", tmp_path / "printed", prelude
+        ).wait()
         assert_stopped(done, disk / "run", expected)
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
@@ -250,7 +305,9 @@ def renamed(sampler, *args, **kwargs):
     os.path.exists("{run_dir}") and os.rename("{run_dir}", "{tmp_path}/gone")
     return update(sampler, *args, **kwargs)
 s.LevelSampler.update = renamed"""
-    done = Process(script, f"{TINY[script.__name__]} --run-dir {run_dir}", tmp_path / "printed", prelude).wait()
+    done = Process(
+        script, f"{TINY[script.__name__]} --run-dir {run_dir}", tmp_path / "printed", prelude
+    ).wait()
     assert_stopped(done, run_dir, "FileNotFoundError", str(run_dir))
 
 
@@ -282,7 +339,8 @@ s.{envs}.step = poisoned"""
 
 
 def test_a_procgen_that_dies_loses_nothing(brief_run, monkeypatch, tmp_path):
-    """Procgen ends its process at once: here by a state that it cannot read, in the second iteration."""
+    """Procgen ends its process at once: here by a state that it cannot read, in the second
+    iteration."""
     script = ppo_plr_procgen
     prelude = """
 step, calls = s.ProcgenLevels.step, []
@@ -294,7 +352,11 @@ def die(self, actions):
 s.ProcgenLevels.step = die"""
     flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {tmp_path}/run"
     done = Process(script, flags, tmp_path / "printed", prelude).wait()
-    assert done.returncode != 0 and "Traceback" not in done.stderr and len(rows(tmp_path / "run/progress.csv")) == 1
+    assert (
+        done.returncode != 0
+        and "Traceback" not in done.stderr
+        and len(rows(tmp_path / "run/progress.csv")) == 1
+    )
     main(script, monkeypatch, f"--resume {tmp_path}/run")
     assert_same_run(tmp_path / "run", brief_run(script))
 
@@ -302,7 +364,10 @@ s.ProcgenLevels.step = die"""
 class Pictures(gym.Env):
     """Four steps of noise that the seed decides; anywhere, a level is a reset seed."""
 
-    observation_space, action_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(4)
+    observation_space, action_space = (
+        gym.spaces.Box(0, 255, (64, 64, 3), np.uint8),
+        gym.spaces.Discrete(4),
+    )
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -333,7 +398,11 @@ def test_a_dead_worker_is_noticed(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(script, monkeypatch, f"{TINY[script.__name__]} --run-dir {tmp_path}/run")
     message = capsys.readouterr().err
-    assert stop.value.code == 1 and f"to go on: --resume {tmp_path}/run" in message and "Error" in message
+    assert (
+        stop.value.code == 1
+        and f"to go on: --resume {tmp_path}/run" in message
+        and "Error" in message
+    )
     assert "envs." in (tmp_path / "run/error_0.txt").read_text()  # its step, or the reset after it
     for process in made[0].processes:
         process.kill()

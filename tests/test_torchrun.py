@@ -1,7 +1,8 @@
-"""Several processes, one run: gloo on the CPU, what every rank holds and how it compares with one process.
+"""Several processes, one run: gloo on the CPU, what every rank holds and how it compares with one
+process.
 
-Most of these groups are processes forked for it (`ranks`): torchrun's own start takes each rank five seconds. What
-torchrun does itself, ending a group and starting it again, is tested with it.
+Most of these groups are processes forked for it (`ranks`): torchrun's own start takes each rank
+five seconds. What torchrun does itself, ending a group and starting it again, is tested with it.
 """
 
 import contextlib
@@ -21,7 +22,6 @@ import torch.distributed as dist
 from support import (
     HALF,
     ROOT,
-    SCRIPTS,
     TINY,
     Process,
     assert_ledger_balances,
@@ -47,17 +47,30 @@ def noting(state):
 s.fingerprint = noting"""
 
 
-def torchrun(processes: int, script, flags: str, directory: Path, prelude: str = "", options: str = ""):
+def torchrun(
+    processes: int, script, flags: str, directory: Path, prelude: str = "", options: str = ""
+):
     """The script, after the prelude, as torchrun starts it."""
     wrapper = directory / "wrapper.py"
-    wrapper.write_text(
-        f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script.__name__} as s\n{prelude}\ns.main()"
-    )
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    imports = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script.__name__} as s"
+    wrapper.write_text(f"{imports}\n{prelude}\ns.main()")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     command += [*options.split(), str(wrapper), *flags.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=300)
@@ -67,13 +80,24 @@ def torchrun(processes: int, script, flags: str, directory: Path, prelude: str =
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-def ranks(processes: int, script, flags: str, directory: Path, prelude: str = NO_EVALUATION) -> None:
-    """The same to the end, in processes forked for it, which find each other as those of torchrun do."""
-    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300))
-    env = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), "TORCHELASTIC_USE_AGENT_STORE": "True"}
+def ranks(
+    processes: int, script, flags: str, directory: Path, prelude: str = NO_EVALUATION
+) -> None:
+    """The same to the end, in processes forked for it, which find each other as those of torchrun
+    do."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300)
+    )
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
     env |= {"WORLD_SIZE": str(processes), "TORCHELASTIC_RESTART_COUNT": "0"}
     group = [
-        Process(script, flags, directory / f"rank{k}", prelude, RANK=str(k), LOCAL_RANK=str(k), **env)
+        Process(
+            script, flags, directory / f"rank{k}", prelude, RANK=str(k), LOCAL_RANK=str(k), **env
+        )
         for k in range(processes)
     ]
     try:
@@ -88,12 +112,15 @@ def ranks(processes: int, script, flags: str, directory: Path, prelude: str = NO
 def assert_same_run_but_for_rounding(a, b) -> None:
     for left, right in zip(rows(a / "progress.csv"), rows(b / "progress.csv"), strict=True):
         for column in left.keys() - {"wall_seconds", "SPS"}:
-            assert left[column] == pytest.approx(right[column], rel=1e-3, abs=1e-5, nan_ok=True), column
+            assert left[column] == pytest.approx(right[column], rel=1e-3, abs=1e-5, nan_ok=True), (
+                column
+            )
 
 
 @pytest.fixture(scope="session")
 def played(shared):
-    """played(script, processes): the directory of a tiny run, `run`, and of what each rank noted, made once."""
+    """played(script, processes): the directory of a tiny run, `run`, and of what each rank noted,
+    made once."""
 
     @functools.cache
     def played(script, processes: int) -> Path:
@@ -109,9 +136,12 @@ def played(shared):
 
 @pytest.mark.parametrize("processes", [2, 4])
 def test_several_processes_play_the_run_of_one(processes, script, played, finished_run):
-    """The same levels in the same order, on every rank; parameters that differ by rounding; a ledger that balances."""
+    """The same levels in the same order, on every rank; parameters that differ by rounding; a
+    ledger that balances."""
     directory, run_dir = played(script, processes), played(script, processes) / "run"
-    notes = [(directory / f"{processes}_{rank}").read_text().splitlines() for rank in range(processes)]
+    notes = [
+        (directory / f"{processes}_{rank}").read_text().splitlines() for rank in range(processes)
+    ]
     progress = rows(run_dir / "progress.csv")
     assert all(note[: len(progress) + 1] == notes[0][: len(progress) + 1] for note in notes)
     assert len(set(notes[0])) == len(progress) + 1  # the start, and after each iteration
@@ -122,9 +152,14 @@ def test_several_processes_play_the_run_of_one(processes, script, played, finish
     assert_same_run_but_for_rounding(run_dir, finished_run(script))
 
 
-@pytest.mark.parametrize("more, updates", [("", 4), ("--num-minibatches 1 --target-kl 1e-9 --update-epochs 3", 2)])
-def test_the_first_updates_parameters_are_those_of_one_process(more, updates, script, brief, monkeypatch, tmp_path):
-    """Two epochs of two minibatches; or one minibatch and three epochs, of which all ranks leave out the last."""
+@pytest.mark.parametrize(
+    "more, updates", [("", 4), ("--num-minibatches 1 --target-kl 1e-9 --update-epochs 3", 2)]
+)
+def test_the_first_updates_parameters_are_those_of_one_process(
+    more, updates, script, brief, monkeypatch, tmp_path
+):
+    """Two epochs of two minibatches; or one minibatch and three epochs, of which all ranks leave
+    out the last."""
     flags = f"{TINY[script.__name__]} --update-epochs 2 --num-minibatches 2 --score policy_entropy "
     if script is ppo_plr_procgen:
         flags += f"--total-timesteps 80 {more}"
@@ -159,7 +194,9 @@ s.LevelSampler.update = dying"""
     assert_same_rows(tmp_path / "run/progress.csv", whole / "progress.csv")
 
 
-def test_a_run_may_resume_on_another_number_of_processes(script, finished_run, brief, monkeypatch, tmp_path):
+def test_a_run_may_resume_on_another_number_of_processes(
+    script, finished_run, brief, monkeypatch, tmp_path
+):
     flags = TINY[script.__name__]
     steps = int(re.search(r"--total-timesteps (\d+)", flags)[1])
     main(script, monkeypatch, f"{flags} {HALF[script]} --run-dir {tmp_path}/run")
