@@ -815,19 +815,26 @@ def test_actions_are_drawn_with_the_policys_probabilities(agent):
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
-def test_evaluation_plays_each_episode_once_to_its_end_and_leaves_the_training_stream_alone(agent):
+def test_evaluation_plays_each_environment_and_leaves_the_training_stream_alone(agent):
     before = torch.get_rng_state()
-    result = script.evaluate(agent, script.Args(eval_episodes=3), CPU)
+    result = script.evaluate(agent, script.Args(eval_episodes=1), CPU)
     assert torch.equal(before, torch.get_rng_state())
-    assert list(result["episodes"]) == EVALUATIONS and all(
-        len(x) == 3 for x in result["episodes"].values()
-    )
-    rates = [result[f"solved_{name}"] for name in EVALUATIONS]
-    assert rates == [
-        np.mean([x > 0 for x in result["episodes"][name]]) for name in EVALUATIONS
-    ] and any(rates)
-    assert result["solved_mean"] == pytest.approx(np.mean(rates))
-    assert result["solved_iqm"] == pytest.approx(np.mean(sorted(rates)[3:9]))
+    assert list(result["episodes"]) == EVALUATIONS
+    assert all(len(returns) == 1 for returns in result["episodes"].values())
+
+
+def test_what_an_evaluation_says_of_known_returns(agent, monkeypatch):
+    returns = iter(np.random.default_rng(0).choice([0.0, 0.2, 0.9], (12, 3)))
+    monkeypatch.setattr(script, "play", lambda *args: next(returns))
+    result = script.evaluate(agent, script.Args(eval_episodes=3), CPU)
+    played = np.array([result["episodes"][name] for name in EVALUATIONS])
+    assert (played == np.random.default_rng(0).choice([0.0, 0.2, 0.9], (12, 3))).all()
+    rates = (played > 0).mean(1)
+    assert [result[f"solved_{name}"] for name in EVALUATIONS] == rates.tolist()
+    assert [result[f"return_{name}"] for name in EVALUATIONS] == played.mean(1).tolist()
+    assert result["solved_mean"] == pytest.approx(rates.mean())
+    assert result["solved_iqm"] == pytest.approx(np.sort(rates)[3:9].mean())
+    assert result["return_mean"] == pytest.approx(played.mean()) and len(set(rates)) > 2
 
 
 def test_videos_change_nothing(agent, brief, tmp_path):
