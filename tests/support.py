@@ -28,13 +28,13 @@ import ppo_robust_plr_minigrid
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ppo_plr_procgen, ppo_robust_plr_minigrid
 TINY = {  # flags of a whole run of a second or two, in which episodes end and levels are replayed
-    "ppo_plr_procgen": "--env-id fruitbot --num-envs 4 --num-steps 20 --num-minibatches 2"
-    " --update-epochs 1 --total-timesteps 320 --num-levels 3 --rho 0.3 --eval-episodes 2",
+    "ppo_plr_procgen": "--env-id fruitbot --num-envs 4 --num-steps 24 --num-minibatches 2"
+    " --update-epochs 1 --total-timesteps 384 --num-levels 5 --rho 0.2 --eval-episodes 2",
     "ppo_robust_plr_minigrid": "--num-envs 4 --num-steps 24 --update-epochs 2 --maze-size 7"
     " --num-walls 6 --max-steps 20 --buffer-size 12 --rho 0.3 --total-timesteps 960"
     " --eval-episodes 1",
 }
-HALF = {ppo_plr_procgen: "--total-timesteps 160", ppo_robust_plr_minigrid: "--total-timesteps 576"}
+HALF = {ppo_plr_procgen: "--total-timesteps 192", ppo_robust_plr_minigrid: "--total-timesteps 576"}
 
 
 # ---- starting a script ---------------------------------------------------------------------------

@@ -100,7 +100,7 @@ def test_a_run_directory_holds_what_it_should(script, finished_run):
 def test_what_a_person_sees(script, finished_run):
     out, err = ((finished_run(script) / name).read_text() for name in ("stdout", "stderr"))
     if script is ppo_plr_procgen:
-        assert "fruitbot (easy), 3 levels, plr, seed 1" in out
+        assert "fruitbot (easy), 5 levels, plr, seed 1" in out
         middle, last = "", r"evaluation: train \S+, test \S+"
     else:
         assert "maze, robust_plr, seed 1" in out

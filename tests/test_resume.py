@@ -195,7 +195,7 @@ def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(
     monkeypatch.delattr(script.ProcgenLevels, "get_state")
     main(script, monkeypatch, f"{TINY[script.__name__]} {HALF[script]} --run-dir {tmp_path}/run")
     capsys.readouterr()
-    main(script, monkeypatch, f"--resume {tmp_path}/run --total-timesteps 320")
+    main(script, monkeypatch, f"--resume {tmp_path}/run --total-timesteps 384")
     assert "environments could not be saved: 4 episodes are dropped" in capsys.readouterr().out
     for row in (progress := rows(tmp_path / "run/progress.csv")):
         assert_ledger_balances(row)

@@ -162,7 +162,7 @@ def test_the_first_updates_parameters_are_those_of_one_process(
     out the last."""
     flags = f"{TINY[script.__name__]} --update-epochs 2 --num-minibatches 2 --score policy_entropy "
     if script is ppo_plr_procgen:
-        flags += f"--total-timesteps 80 {more}"
+        flags += f"--total-timesteps 96 {more}"
     else:  # plr learns at once
         flags += f"--curriculum plr --total-timesteps 96 --bootstrap-timeouts {more}"
     main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/1")
