@@ -134,7 +134,7 @@ def played(shared):
     return played
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_play_the_run_of_one(processes, script, played, finished_run):
     """The same levels in the same order, on every rank; parameters that differ by rounding; a
     ledger that balances."""
