@@ -1,5 +1,6 @@
 """What both scripts promise alike."""
 
+import difflib
 import gzip
 import json
 import os
@@ -436,3 +437,22 @@ def test_bad_input_shows_no_traceback(script):
     done = run(script, flags)
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
     assert done.stderr.startswith(f"error: {NO_TRACEBACK[script]}")
+
+
+# ---- the same text -------------------------------------------------------------------------------
+
+
+def machinery(script) -> str:
+    """What follows the banner of a script, to its end."""
+    _, text = re.split(
+        "^# ---- machinery: the same text in both scripts.*$",
+        Path(script.__file__).read_text(),
+        flags=re.MULTILINE,
+    )
+    return text
+
+
+def test_the_machinery_is_the_same_text_in_both_scripts():
+    texts = [machinery(script).splitlines(keepends=True) for script in SCRIPTS]
+    assert len(texts[0]) > 50
+    assert "".join(difflib.unified_diff(*texts, *(script.__name__ for script in SCRIPTS))) == ""
