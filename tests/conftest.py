@@ -1,27 +1,74 @@
 import functools
+import importlib
 import os
+import re
 from pathlib import Path
 
 import pytest
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: each core has a test process already
+# before PyTorch is imported: each core has a test process already
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
-    parser.addoption("--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game")
+    parser.addoption(
+        "--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game"
+    )
+
+
+@pytest.fixture(params=["ppo_plr_procgen", "ppo_robust_plr_minigrid"])
+def script(request):
+    """Each of the two scripts, as a module."""
+    return importlib.import_module(request.param)
+
+
+@pytest.fixture
+def brief(monkeypatch):
+    """The evaluations of this test's runs in this process are short, as those of `support.Process`
+    are."""
+    # here, as tests/integrations/ runs without what the scripts need
+    from support import SCRIPTS, shorten_evaluation
+
+    for script in SCRIPTS:
+        shorten_evaluation(script, monkeypatch.setattr)
 
 
 @pytest.fixture(scope="session")
-def finished_run(tmp_path_factory):
-    """finished_run(script): the directory of a tiny finished run, made once; tests leave it as it was."""
-    from support import TINY, train  # here, as tests/integrations/ runs without what the scripts need
+def shared(tmp_path_factory) -> Path:
+    """One directory of all test processes."""
+    own = tmp_path_factory.getbasetemp()
+    return own.parent if "PYTEST_XDIST_WORKER" in os.environ else own
+
+
+@pytest.fixture(scope="session")
+def finished_run(shared):
+    """finished_run(script): the directory of a tiny run as a user makes it, made once; tests leave
+    it as it was."""
+    from support import TINY, made_once, train
 
     @functools.cache
     def finished_run(script) -> Path:
-        run_dir = tmp_path_factory.mktemp("finished") / "run"
-        result = train(script, TINY[script.__name__], run_dir)
-        (run_dir / "stdout").write_text(result["stdout"])
-        (run_dir / "stderr").write_text(result["stderr"])
-        return run_dir
+        name = script.__name__
+        return made_once(
+            shared / f"finished_{name}", lambda run_dir: train(script, TINY[name], run_dir)
+        )
 
     return finished_run
+
+
+@pytest.fixture(scope="session")
+def brief_run(shared):
+    """brief_run(script, flags): the same with more flags and a brief evaluation, in a process
+    forked for it."""
+    from support import TINY, Process, made_once
+
+    @functools.cache
+    def brief_run(script, flags: str = "") -> Path:
+        def make(run_dir: Path) -> None:
+            command = f"{TINY[script.__name__]} {flags} --run-dir {run_dir}"
+            done = Process(script, command, run_dir).wait()
+            assert done.returncode == 0, done.stderr
+
+        return made_once(shared / re.sub(r"\W+", "_", f"brief_{script.__name__}_{flags}"), make)
+
+    return brief_run

@@ -1,30 +1,58 @@
 """What both scripts promise alike."""
 
+import difflib
 import gzip
 import json
+import os
 import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
+import torch
 import tyro
 from minigrid.core.grid import Grid
 from minigrid.core.mission import MissionSpace
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
-from support import ROOT, SCRIPTS, TINY, assert_refused, assert_same_rows, result_of, rows, train
+from support import (
+    HALF,
+    ROOT,
+    SCRIPTS,
+    TINY,
+    assert_ledger_balances,
+    assert_refused,
+    assert_same_rows,
+    files,
+    made_once,
+    main,
+    result_of,
+    rows,
+    run,
+)
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_plr_procgen
 import ppo_robust_plr_minigrid
 
 
-@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
-def script(request):
-    return request.param
+def steps_of(script) -> list[int]:
+    """The global steps of a tiny run's iterations."""
+    envs, steps, total = (
+        int(re.search(rf"--{name} (\d+)", TINY[script.__name__])[1])
+        for name in ("num-envs", "num-steps", "total-timesteps")
+    )
+    return list(range(envs * steps, total + 1, envs * steps))
 
 
 def test_the_readmes_commands_are_valid(script):
-    commands = re.findall(rf"python {script.__name__}\.py((?: [^\n`|#']*)?)", (ROOT / "README.md").read_text())
+    commands = re.findall(
+        rf"python {script.__name__}\.py((?: [^\n`|#']*)?)", (ROOT / "README.md").read_text()
+    )
     commands += re.findall(rf"python {script.__name__}\.py([^\n#]*)", script.__doc__)
     assert len(commands) > 8
     for flags in commands:
@@ -32,41 +60,122 @@ def test_the_readmes_commands_are_valid(script):
             script.check_args(tyro.cli(script.Args, args=flags.split()))
 
 
-WATCHED = {
-    ppo_plr_procgen: "--eval-interval 1 --eval-episodes 3 --env-threads 3",
-    ppo_robust_plr_minigrid: "--eval-interval 5 --eval-episodes 2",
+# ---- whole runs ----------------------------------------------------------------------------------
+
+
+def test_a_run_directory_holds_what_it_should(script, finished_run):
+    run_dir = finished_run(script)
+    args, result, steps = (
+        json.loads((run_dir / "args.json").read_text()),
+        result_of(run_dir),
+        steps_of(script),
+    )
+    assert args["batch_size"] == steps[0] and args["total_timesteps"] == steps[-1]
+    progress, evaluations = rows(run_dir / "progress.csv"), rows(run_dir / "evaluations.csv")
+    assert [row["global_step"] for row in progress] == steps
+    for row in progress:
+        assert_ledger_balances(row)
+        assert 0 <= row["seen_share"] <= 1
+    # of this iteration alone: not counted from the start
+    for before, row in zip(progress, progress[1:]):
+        assert steps[0] / row["SPS"] <= row["wall_seconds"] - before["wall_seconds"] + 0.01
+    assert len(evaluations) == 1 and evaluations[0]["global_step"] == steps[-1]
+    for key, value in result["evaluation"].items():
+        assert key == "episodes" or evaluations[0][key] == pytest.approx(value, rel=1e-4, abs=1e-5)
+    assert re.fullmatch("[0-9a-f]{64}", result["fingerprint"]) and result["steps_per_second"] > 0
+    events = EventAccumulator(str(run_dir)).Reload()
+    tags = set(events.Tags()["scalars"])
+    assert {"charts/SPS", "charts/learning_rate", "losses/value_loss", "losses/approx_kl"} <= tags
+    assert {
+        "curriculum/seen_share",
+        "curriculum/effective_levels",
+        "curriculum/replay_share",
+    } <= tags
+    assert [event.step for event in events.Scalars("charts/SPS")] == steps
+    checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert checkpoint["global_step"] == steps[-1] and checkpoint["iteration"] == len(steps)
+    assert set(checkpoint["sampler"]["arrays"]) >= {"scores", "seen"}
+    assert not list(run_dir.glob("*.tmp"))
+
+
+def test_what_a_person_sees(script, finished_run):
+    out, err = ((finished_run(script) / name).read_text() for name in ("stdout", "stderr"))
+    if script is ppo_plr_procgen:
+        assert "fruitbot (easy), 5 levels, plr, seed 1" in out
+        middle, last = "", r"evaluation: train \S+, test \S+"
+    else:
+        assert "maze, robust_plr, seed 1" in out
+        middle, last = r"\d+ updates \| ", r"evaluation: solved \S+"
+    line = rf"step {steps_of(script)[-1]} \(100\.0%\) \| 0h00m left \| [\d,]+ steps/s \| {middle}"
+    assert (
+        re.search(rf"{line}train return \S+ \| {last}", out)
+        and "Gym has been unmaintained" not in out + err
+    )
+    assert torch.cuda.is_available() or "training on 1 CPU threads" in out
+
+
+CHANGES = {
+    ppo_plr_procgen: ("", "--seed 2", "--curriculum uniform", "--precision bf16"),
+    ppo_robust_plr_minigrid: (
+        "",
+        "--seed 2",
+        "--curriculum plr",
+        "--curriculum dr",
+        "--score value_l1",
+        "--bootstrap-timeouts",
+    ),
 }
 
 
-def test_the_same_seed_is_the_same_run_whatever_evaluation_video_tracking_profile_threads_and_hash_seed(
-    script, finished_run, tmp_path
-):
-    (tmp_path / "wandb.py").write_text("def init(**options): print('tracked', options['name'])")
-    flags = f"{TINY[script.__name__]} {WATCHED[script]} --capture-video --checkpoint-interval 1 --track --profile"
-    again = train(script, flags, tmp_path / "again", PYTHONHASHSEED="4", PYTHONPATH=str(tmp_path))
-    assert "tracked again" in again["stdout"]
-    assert again["fingerprint"] == result_of(finished_run(script))["fingerprint"]
-    assert_same_rows(finished_run(script) / "progress.csv", tmp_path / "again/progress.csv")
-    run_dir = tmp_path / "again"
-    evaluations = rows(run_dir / "evaluations.csv")
-    videos = sorted((run_dir / "videos").rglob("*.gif"))
-    per_evaluation, size = (1, (256, 256)) if script is ppo_plr_procgen else (12, (120, 120))
-    assert len(evaluations) > 1 and len(videos) == per_evaluation * len(evaluations)
-    with Image.open(videos[-1]) as video:
-        assert video.n_frames > 5 and video.size == size
-        frames = [np.asarray(video.convert("RGB")) for _ in (video.seek(i) for i in range(video.n_frames))]
-    assert not np.array_equal(frames[0], frames[-1])
-    # the profile: seconds and shares of phases, which are also ranges of the trace, of the last iteration only
-    parts = re.findall(r"(\w+) ([\d.e-]+) s \(([\d.]+)%\)", again["stdout"])
-    phases = {"environment", "inference", "transfer", "sampler", "update", "rest"}
-    assert {name for name, *_ in parts} == phases
-    total, seconds = sum(float(x) for _, x, _ in parts), [row["wall_seconds"] for row in rows(run_dir / "progress.csv")]
-    assert 0 < total < seconds[-1] - seconds[0]  # of neither the first iteration nor the last
-    assert all(abs(float(share) - 100 * float(x) / total) < 0.06 for _, x, share in parts)
-    with gzip.open(run_dir / "trace_0.json.gz") as file:
-        names = [x["name"] for x in json.load(file)["traceEvents"] if x.get("cat") == "user_annotation"]
-    assert phases <= set(names) and names.count("update") == 1  # one iteration
-    assert names.count("inference") == int(re.search(r"--num-steps (\d+)", flags)[1])
+def test_another_seed_curriculum_precision_or_score_is_another_run(script, tmp_path, monkeypatch):
+    nothing = {"train_return": 0.0, "test_return": 0.0, "solved_mean": 0.0, "episodes": {}}
+    monkeypatch.setattr(script, "evaluate", lambda *args: nothing)
+    prints = set()
+    for i, change in enumerate(CHANGES[script]):
+        flags = f"{TINY[script.__name__]} {HALF[script]} {change}"
+        main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/{i}")
+        prints.add(result_of(tmp_path / str(i))["fingerprint"])
+    assert len(prints) == len(CHANGES[script])
+
+
+def test_evaluate_repeats_the_final_evaluation(script, finished_run, tmp_path):
+    """Without any other flag, as a user does it."""
+    shutil.copytree(finished_run(script), run_dir := tmp_path / "run")
+    done = run(script, f"--evaluate {run_dir}")
+    assert done.returncode == 0, done.stderr
+    (path,) = run_dir.glob("evaluation_*.json")
+    result, written = result_of(run_dir), json.loads(path.read_text())
+    final = result["evaluation"]
+    assert all(written[key] == value for key, value in final.items())
+    assert all(
+        written[key] == result[key] for key in {"global_step", "gradient_updates"} & result.keys()
+    )
+    if script is ppo_plr_procgen:
+        assert any(final["episodes"]["test_returns"] + final["episodes"]["train_returns"])
+        mean, std = final["test_return"], final["test_return_std"]
+        expected = [f"test_return: {mean:.2f} +- {std:.2f} over 2 episodes"]
+    else:
+        expected = [f"solved_mean: {final['solved_mean']:.3f}", "1 episodes in each"]
+    assert all(line in done.stdout for line in expected)
+
+
+def test_evaluate_takes_other_flags(script, finished_run, brief, monkeypatch, tmp_path, capsys):
+    shutil.copytree(finished_run(script), run_dir := tmp_path / "run")
+    levels = "--start-level 50 --num-levels 3" if script is ppo_plr_procgen else ""
+    main(script, monkeypatch, f"--evaluate {run_dir} --eval-episodes 3 --capture-video {levels}")
+    (path,) = run_dir.glob("evaluation_*.json")
+    episodes, videos = (
+        json.loads(path.read_text())["episodes"],
+        len(list((run_dir / "videos").rglob("*.gif"))),
+    )
+    if script is ppo_plr_procgen:
+        assert sorted(episodes["train_levels"]) == [50, 51, 52] and videos == 1
+    else:
+        assert (
+            all(len(returns) == 3 for returns in episodes.values())
+            and videos == len(episodes) == 12
+        )
+    assert "3 episodes" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["a finished", "an unfinished"])
@@ -77,24 +186,115 @@ def test_a_directory_that_holds_a_run_is_refused_and_left_as_it_was(
     if kind == "an unfinished":
         (tmp_path / "progress.csv").write_bytes((run_dir / "progress.csv").read_bytes())
         run_dir = tmp_path
-    before = {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
-    flags = f"{TINY[script.__name__]} --run-dir {run_dir}"
+    before, flags = files(run_dir), f"{TINY[script.__name__]} --run-dir {run_dir}"
     assert_refused(script, monkeypatch, tmp_path, capsys, flags, "already holds a run")
-    assert before == {path.name: path.read_bytes() for path in run_dir.iterdir() if path.is_file()}
+    assert before == files(run_dir)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "empty", "garbage", "pickle"])
-def test_evaluating_a_damaged_checkpoint_says_so(damage, script, finished_run, tmp_path, monkeypatch, capsys):
+def test_evaluating_a_damaged_checkpoint_says_so(
+    damage, script, finished_run, tmp_path, monkeypatch, capsys
+):
     data = (finished_run(script) / "checkpoint.pt").read_bytes()
     harmful = b"cos\nsystem\n(S'touch " + str(tmp_path / "hacked").encode() + b"'\ntR."
-    damaged = {"truncated": data[: len(data) // 2], "empty": b"", "garbage": b"not a checkpoint", "pickle": harmful}
+    damaged = {
+        "truncated": data[: len(data) // 2],
+        "empty": b"",
+        "garbage": b"not a checkpoint",
+        "pickle": harmful,
+    }
     (tmp_path / "args.json").write_bytes((finished_run(script) / "args.json").read_bytes())
     (tmp_path / "checkpoint.pt").write_bytes(damaged[damage])
-    assert_refused(script, monkeypatch, tmp_path, capsys, f"--evaluate {tmp_path}", "is not a run that can be loaded")
+    assert_refused(
+        script,
+        monkeypatch,
+        tmp_path,
+        capsys,
+        f"--evaluate {tmp_path}",
+        "is not a run that can be loaded",
+    )
     assert not (tmp_path / "hacked").exists()
 
 
-# ---- bad input -------------------------------------------------------------------------------------------------------
+# ---- a run that is watched -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def watched_run(script, shared) -> Path:
+    """The finished run once more, with everything that only watches it, in another process with
+    another hash seed."""
+
+    def make(run_dir: Path) -> None:
+        tracker = run_dir.with_suffix(".wandb")
+        tracker.mkdir(exist_ok=True)
+        (tracker / "wandb.py").write_text("def init(**options): print('tracked', options['name'])")
+        flags = f"{TINY[script.__name__]} --run-dir {run_dir} --capture-video"
+        flags += " --checkpoint-interval 1 --track --profile"
+        if script is ppo_plr_procgen:
+            flags += " --eval-interval 2 --eval-episodes 3 --env-threads 3"
+        else:
+            flags += " --eval-interval 5 --eval-episodes 2"
+        path = os.pathsep.join(map(str, (tracker, ROOT, Path(__file__).parent)))
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "4", "PYTHONPATH": path}
+        code = f"import support, {script.__name__} as s\nsupport.shorten_evaluation(s)\ns.main()"
+        command = [sys.executable, "-c", code, *flags.split()]
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        (run_dir / "stdout").write_text(done.stdout)
+
+    return made_once(shared / f"watched_{script.__name__}", make)
+
+
+def test_the_same_seed_is_the_same_run_whatever_watches_it_and_whatever_threads_and_hash_seed(
+    script, finished_run, watched_run
+):
+    assert result_of(watched_run)["fingerprint"] == result_of(finished_run(script))["fingerprint"]
+    assert_same_rows(finished_run(script) / "progress.csv", watched_run / "progress.csv")
+
+
+def test_tracking_names_the_run(watched_run):
+    assert f"tracked {watched_run.name}" in (watched_run / "stdout").read_text()
+
+
+def test_each_evaluation_has_its_videos(script, watched_run):
+    evaluations, videos = (
+        rows(watched_run / "evaluations.csv"),
+        sorted((watched_run / "videos").rglob("*.gif")),
+    )
+    per_evaluation, size = (1, (256, 256)) if script is ppo_plr_procgen else (12, (120, 120))
+    assert len(evaluations) == 2 and len(videos) == 2 * per_evaluation
+    with Image.open(videos[-1]) as video:
+        assert video.n_frames > 5 and video.size == size
+        frames = [
+            np.asarray(video.convert("RGB")) for _ in (video.seek(i) for i in range(video.n_frames))
+        ]
+    assert not np.array_equal(frames[0], frames[-1])
+
+
+PHASES = {"environment", "inference", "transfer", "sampler", "update", "rest"}
+
+
+def test_a_profile_is_the_seconds_and_shares_of_all_phases(watched_run):
+    parts = re.findall(r"(\w+) ([\d.e-]+) s \(([\d.]+)%\)", (watched_run / "stdout").read_text())
+    assert {name for name, *_ in parts} == PHASES
+    total, progress = sum(float(x) for _, x, _ in parts), rows(watched_run / "progress.csv")
+    # of neither the first iteration nor the last
+    assert 0 < total < progress[-1]["wall_seconds"] - progress[0]["wall_seconds"]
+    assert all(abs(float(share) - 100 * float(x) / total) < 0.06 for _, x, share in parts)
+
+
+def test_a_trace_has_the_phases_of_the_last_iteration(script, watched_run):
+    with gzip.open(watched_run / "trace_0.json.gz") as file:
+        names = [
+            x["name"] for x in json.load(file)["traceEvents"] if x.get("cat") == "user_annotation"
+        ]
+    assert PHASES <= set(names) and names.count("update") == 1  # one iteration
+    assert (
+        names.count("inference") == json.loads((watched_run / "args.json").read_text())["num_steps"]
+    )
+
+
+# ---- bad input -----------------------------------------------------------------------------------
 
 
 class Moody(MiniGridEnv):
@@ -134,14 +334,19 @@ BAD = {
     },
     ppo_plr_procgen: {
         "--env-id bigfsh": "invalid choice 'bigfsh'",
-        "--env-id bigfish --distribution-mode memory": "--distribution-mode memory does not exist for bigfish",
+        "--env-id bigfish --distribution-mode memory": "--distribution-mode memory does not exist "
+        "for bigfish",
         "--num-steps -3": "--num-steps -3 must be at least 1",
-        "--num-minibatches 7": "--num-minibatches 7 must be a divisor of --num-envs x --num-steps = 16384",
-        "--num-minibatches 16384": "must be a divisor of --num-envs x --num-steps = 16384 and less than that",
+        "--num-minibatches 7": "--num-minibatches 7 must be a divisor of --num-envs x --num-steps "
+        "= 16384",
+        "--num-minibatches 16384": "must be a divisor of --num-envs x --num-steps = 16384 and "
+        "less than that",
         "--update-epochs 0": "--update-epochs 0 must be at least 1",
         "--eval-episodes 0": "--eval-episodes 0 must be at least 1",
-        "--total-timesteps 16383": "--total-timesteps 16383 must be at least 16384: --num-envs x --num-steps",
-        "--profile --total-timesteps 40000": "--total-timesteps 40000 must be at least 49152: --num-envs x --num-steps",
+        "--total-timesteps 16383": "--total-timesteps 16383 must be at least 16384: --num-envs x "
+        "--num-steps",
+        "--profile --total-timesteps 40000": "--total-timesteps 40000 must be at least 49152: "
+        "--num-envs x --num-steps",
         "--learning-rate nan": "--learning-rate nan must be above 0",
         "--gamma 1.5": "--gamma 1.5 must be between 0 and 1",
         "--temperature 0": "--temperature 0.0 must be above 0",
@@ -150,35 +355,49 @@ BAD = {
         "--checkpoint-interval -1": "--checkpoint-interval -1 must be at least 0",
         "--vf-coef inf": "--vf-coef inf must be at least 0 and below 2**63",
         "--num-levels 0": "--curriculum plr must be uniform or sequential with --num-levels 0",
-        "--num-levels 0 --curriculum uniform --start-level 5": "--start-level 5 must be 0 with --num-levels 0",
+        "--num-levels 0 --curriculum uniform --start-level 5": "--start-level 5 must be 0 with "
+        "--num-levels 0",
         "--start-level 1073741824": "--start-level 1073741824 must be at most 1073741624",
         "--score gae --score-transform power": "power must be another: --score gae can be negative",
-        "--score max_mc --score-transform power": "power must be another: --score max_mc can be negative",
+        "--score max_mc --score-transform power": "power must be another: --score max_mc can be "
+        "negative",
         "--score nonsense": "--score",
     },
     ppo_robust_plr_minigrid: {
-        "--env-id mase": "--env-id mase must be maze or a registered MiniGrid environment: Environment `mase` doesn",
+        "--env-id mase": "--env-id mase must be maze or a registered MiniGrid environment: "
+        "Environment `mase` doesn",
         "--env-id MiniGrid-MultiRom-N4-S5-v0": "Did you mean: `MiniGrid-MultiRoom-N4-S5`",
-        "--env-id CartPole-v1": "CartPole-v1 must be maze or a registered MiniGrid environment: it is a CartPoleEnv",
+        "--env-id CartPole-v1": "CartPole-v1 must be maze or a registered MiniGrid environment: "
+        "it is a CartPoleEnv",
         "--env-id Moody-v0": "--env-id Moody-v0 starts differently after two resets with one seed",
-        "--num-walls 168": "--num-walls 168 must be at most 167, the cells of --maze-size 15 but two",
+        "--num-walls 168": "--num-walls 168 must be at most 167, the cells of --maze-size 15 but "
+        "two",
         "--maze-size 4": "--maze-size 4 must be between 5 and 255",
         "--num-minibatches 5": "--num-minibatches 5 must be a divisor of --num-envs 32",
         "--buffer-size 31": "--buffer-size 31 must be at least --num-envs 32",
-        "--num-steps 249": "--num-steps 249 must be at least 250, the time limit: an episode that is cut off",
-        "--num-steps 249 --bootstrap-timeouts": "must be at least 250, the time limit: max_mc needs whole",
-        "--env-id MiniGrid-LavaCrossingS9N1-v0": "--num-steps 256 must be at least 324, the time limit",
-        "--curriculum dr --total-timesteps 8191": "--total-timesteps 8191 must be at least 8192: --num-envs x",
-        "--curriculum dr --profile --total-timesteps 20000": "must be at least 24576: --num-envs x --num-steps",
-        "--total-timesteps 500000": "must be at least 524288: robust_plr learns nothing before the buffer holds --rho",
-        "--replay-prob 0": "--replay-prob 0.0 must be above 0: robust_plr learns from replayed levels only",
-        "--env-id Broken-v0": "--env-id Broken-v0 must be maze or a registered MiniGrid environment: AssertionError()",
+        "--num-steps 249": "--num-steps 249 must be at least 250, the time limit: an episode that "
+        "is cut off",
+        "--num-steps 249 --bootstrap-timeouts": "must be at least 250, the time limit: max_mc "
+        "needs whole",
+        "--env-id MiniGrid-LavaCrossingS9N1-v0": "--num-steps 256 must be at least 324, the time "
+        "limit",
+        "--curriculum dr --total-timesteps 8191": "--total-timesteps 8191 must be at least 8192: "
+        "--num-envs x",
+        "--curriculum dr --profile --total-timesteps 20000": "must be at least 24576: --num-envs "
+        "x --num-steps",
+        "--total-timesteps 500000": "must be at least 524288: robust_plr learns nothing before "
+        "the buffer holds --rho",
+        "--replay-prob 0": "--replay-prob 0.0 must be above 0: robust_plr learns from replayed "
+        "levels only",
+        "--env-id Broken-v0": "--env-id Broken-v0 must be maze or a registered MiniGrid "
+        "environment: AssertionError()",
         "--env-id Growing-v0": "--num-steps 256 must be at least 300, the time limit",
         "--replay-prob 1.5": "--replay-prob 1.5 must be between 0 and 1",
         "--nu 2": "--nu 2.0 must be between 0 and 1",
         "--learning-rate 0": "--learning-rate 0.0 must be above 0",
         "--max-steps 0": "--max-steps 0 must be at least 1",
-        "--score-transform power": "--score-transform power must be another: --score max_mc can be negative",
+        "--score-transform power": "--score-transform power must be another: --score max_mc can "
+        "be negative",
         "--curriculum uniform": "--curriculum",
     },
 }
@@ -190,8 +409,50 @@ def test_bad_input_is_refused_by_both(flags, script, monkeypatch, tmp_path, caps
     assert_refused(script, monkeypatch, tmp_path, capsys, flags, BAD[None][flags])
 
 
-@pytest.mark.parametrize("script, flags", [(script, flags) for script in SCRIPTS for flags in BAD[script]])
+@pytest.mark.parametrize(
+    "script, flags", [(script, flags) for script in SCRIPTS for flags in BAD[script]]
+)
 def test_bad_input_is_refused(script, flags, monkeypatch, tmp_path, capsys):
     for name, maker in (("Moody-v0", Moody), ("Growing-v0", Growing), ("Broken-v0", broken)):
-        monkeypatch.setitem(gym.registry, name, gym.envs.registration.EnvSpec(name, entry_point=maker))
+        monkeypatch.setitem(
+            gym.registry, name, gym.envs.registration.EnvSpec(name, entry_point=maker)
+        )
     assert_refused(script, monkeypatch, tmp_path, capsys, flags, BAD[script][flags])
+
+
+NO_TRACEBACK = {
+    ppo_plr_procgen: "--distribution-mode memory does not exist for bigfish: choose from easy, "
+    "hard.",
+    ppo_robust_plr_minigrid: "--env-id CartPole-v1 must be maze or a registered MiniGrid "
+    "environment: it is a CartPole",
+}
+
+
+def test_bad_input_shows_no_traceback(script):
+    flags = (
+        "--env-id bigfish --distribution-mode memory"
+        if script is ppo_plr_procgen
+        else "--env-id CartPole-v1"
+    )
+    done = run(script, flags)
+    assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {NO_TRACEBACK[script]}")
+
+
+# ---- the same text -------------------------------------------------------------------------------
+
+
+def machinery(script) -> str:
+    """What follows the banner of a script, to its end."""
+    _, text = re.split(
+        "^# ---- machinery: the same text in both scripts.*$",
+        Path(script.__file__).read_text(),
+        flags=re.MULTILINE,
+    )
+    return text
+
+
+def test_the_machinery_is_the_same_text_in_both_scripts():
+    texts = [machinery(script).splitlines(keepends=True) for script in SCRIPTS]
+    assert len(texts[0]) > 50
+    assert "".join(difflib.unified_diff(*texts, *(script.__name__ for script in SCRIPTS))) == ""

@@ -1,12 +1,13 @@
 """Is an environment fit for PLR? Only if a level is the same level each time it is played.
 
-    python -m pytest tests/test_levels.py --env-id MiniGrid-FourRooms-v0     # any registered Gymnasium environment,
-    python -m pytest tests/test_levels.py --env-id my_package:MyEnv-v0       # also one that my_package registers,
-    python -m pytest tests/test_levels.py --env-id bigfish                   # or a Procgen game
+    python -m pytest tests/test_levels.py --env-id MiniGrid-FourRooms-v0    # any of Gymnasium's,
+    python -m pytest tests/test_levels.py --env-id my_package:MyEnv-v0      # or of a package,
+    python -m pytest tests/test_levels.py --env-id bigfish                  # or a game of Procgen
 
-The seed of a reset is the level. The same level and the same actions must give the same observations (that of the reset
-included), rewards and ends: in two processes, after other levels, and in any place of a vector environment. And not all
-levels may be the same. Random actions see what random actions reach. The first difference is named.
+The seed of a reset is the level. The same level and the same actions must give the same
+observations (that of the reset included), rewards and ends: in two processes, after other levels,
+and in any place of a vector environment. And not all levels may be the same. Random actions see
+what random actions reach. The first difference is named.
 """
 
 import copy
@@ -26,7 +27,7 @@ LEVELS, STEPS, ENVS = list(range(1, 9)), 100, 4
 DEFAULT = "MiniGrid-SimpleCrossingS9N1-v0", "dodgeball"
 WHAT = "observation", "reward", "termination", "truncation"
 
-# ---- playing levels --------------------------------------------------------------------------------------------------
+# ---- playing levels ------------------------------------------------------------------------------
 
 
 def make(env_id, num_envs, workers=False):
@@ -66,9 +67,11 @@ def mark(x):
 
 
 def play(envs, levels):
-    """One episode of each of levels (N,), side by side: {level: [(observation, reward, ends), ...]} as short texts.
+    """One episode of each of levels (N,), side by side: {level: [(observation, reward, ends), ...]}
+    as short texts.
 
-    The first entry is the reset. An environment whose episode has ended plays other levels until all are done.
+    The first entry is the reset. An environment whose episode has ended plays other levels until
+    all are done.
     """
     space, n = envs.single_action_space, envs.num_envs
     actions = {}
@@ -78,10 +81,15 @@ def play(envs, levels):
         actions[level] = [dice.sample() for _ in range(STEPS)]
     obs, _ = envs.reset(seed=levels)
     looks = not hasattr(envs, "procgen")
-    tracks = {level: [[mark(one(envs.single_observation_space, obs, i))]] for i, level in enumerate(levels)}
+    tracks = {
+        level: [[mark(one(envs.single_observation_space, obs, i))]]
+        for i, level in enumerate(levels)
+    }
     playing = np.ones(n, bool)
     for t in range(STEPS):
-        batch = concatenate(space, [actions[level][t] for level in levels], create_empty_array(space, n))
+        batch = concatenate(
+            space, [actions[level][t] for level in levels], create_empty_array(space, n)
+        )
         obs, *row, _ = envs.step(batch)  # row: rewards, terminations, truncations, each (N,)
         done = row[1] | row[2]
         for i in np.flatnonzero(playing).tolist():
@@ -92,7 +100,9 @@ def play(envs, levels):
         if not playing.any():
             break
         if done.any():
-            obs, _ = envs.reset(seed=[1000 + t + level for level in levels], options={"reset_mask": done})
+            obs, _ = envs.reset(
+                seed=[1000 + t + level for level in levels], options={"reset_mask": done}
+            )
     return tracks
 
 
@@ -132,19 +142,31 @@ def record(env_id, way):
     return ways
 
 
-# ---- the verdict -----------------------------------------------------------------------------------------------------
+# ---- the verdict ---------------------------------------------------------------------------------
 
 
 def recorded(env_id, way, hash_seed):
     """`record` in a new process. Modules are found in the working directory."""
-    path = os.pathsep.join([os.getcwd(), str(Path(__file__).parent), str(Path(__file__).parents[1])])
-    env = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([sys.executable, __file__, env_id, way], env=env, capture_output=True, text=True)
+    path = os.pathsep.join(
+        [os.getcwd(), str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    )
+    env = {
+        **os.environ,
+        "PYTHONHASHSEED": hash_seed,
+        "PYTHONPATH": path,
+        "PYTHONWARNINGS": "ignore",
+    }
+    done = subprocess.run(
+        [sys.executable, __file__, env_id, way], env=env, capture_output=True, text=True
+    )
     if done.returncode:
         reason = (done.stderr.strip() or f"exit status {done.returncode}").splitlines()[-1]
         pytest.fail(f"--env-id {env_id} cannot be played as a level: {reason}", pytrace=False)
     tracks = json.loads(done.stdout.splitlines()[-1])
-    return {way: [{int(level): x for level, x in part.items()} for part in parts] for way, parts in tracks.items()}
+    return {
+        way: [{int(level): x for level, x in part.items()} for part in parts]
+        for way, parts in tracks.items()
+    }
 
 
 def problems(env_id):
@@ -154,9 +176,14 @@ def problems(env_id):
         different = []
         for level, track in ((level, track) for part in parts for level, track in part.items()):
             pairs = zip(first[level], track)
-            step = next((t for t, (a, b) in enumerate(pairs) if a != b), min(len(first[level]), len(track)))
+            step = next(
+                (t for t, (a, b) in enumerate(pairs) if a != b), min(len(first[level]), len(track))
+            )
             if first[level] != track:
-                what = next((name for name, a, b in zip(WHAT, first[level][step], track[step]) if a != b), "length")
+                what = next(
+                    (name for name, a, b in zip(WHAT, first[level][step], track[step]) if a != b),
+                    "length",
+                )
                 different.append((level, step, what))
         if different:
             level, step, what = min(different)
@@ -165,7 +192,10 @@ def problems(env_id):
             more = f" ({others} more of {len(LEVELS)} levels differ)" if others else ""
             found.append(f"level {level} is not the same {way}: the {what} of {when} differs{more}")
     if len({json.dumps(track) for track in first.values()}) == 1:
-        found.append(f"levels {LEVELS[0]} to {LEVELS[-1]} are all the same: the seed of a reset decides nothing")
+        found.append(
+            f"levels {LEVELS[0]} to {LEVELS[-1]} are all the same:"
+            " the seed of a reset decides nothing"
+        )
     return found
 
 
@@ -184,14 +214,26 @@ def no_env_id(request):
 def test_a_level_is_the_same_each_time(env_id):
     found = problems(env_id)
     if found:
-        pytest.fail(f"{env_id} is not fit for PLR.\n" + "\n".join(f"- {sentence}" for sentence in found), pytrace=False)
+        pytest.fail(
+            f"{env_id} is not fit for PLR.\n" + "\n".join(f"- {sentence}" for sentence in found),
+            pytrace=False,
+        )
 
 
 UNFIT = {  # environment: where and what first differs
-    "Leaky": ("after other levels", "level 1 is not the same after other levels: the reward of step 2 differs"),
+    "Leaky": (
+        "after other levels",
+        "level 1 is not the same after other levels: the reward of step 2 differs",
+    ),
     "Deaf": ("all the same", "levels 1 to 8 are all the same"),
-    "Unseeded": ("in another process", "level 1 is not the same in another process: the observation of its reset"),
-    "Hashed": ("in another process", "level 1 is not the same in another process: the observation of its reset"),
+    "Unseeded": (
+        "in another process",
+        "level 1 is not the same in another process: the observation of its reset",
+    ),
+    "Hashed": (
+        "in another process",
+        "level 1 is not the same in another process: the observation of its reset",
+    ),
 }
 
 
@@ -200,14 +242,27 @@ def test_what_is_unfit_is_found(name, no_env_id):
     where, sentence = UNFIT[name]
     found = problems(f"unfit_levels:{name}-v0")
     assert where in found[0] and sentence in found[0]
-    assert not (name == "Leaky" and "in another process" in "".join(found)) and not (name == "Deaf" and len(found) > 1)
+    assert not (name == "Leaky" and "in another process" in "".join(found)) and not (
+        name == "Deaf" and len(found) > 1
+    )
 
 
 def test_the_command_names_what_differs(no_env_id):
-    command = [sys.executable, "-m", "pytest", "-n", "0", __file__, "--env-id", "unfit_levels:Leaky-v0"]
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-n",
+        "0",
+        __file__,
+        "--env-id",
+        "unfit_levels:Leaky-v0",
+    ]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
     assert done.returncode == 1 and UNFIT["Leaky"][1] in done.stdout and "1 failed" in done.stdout
-    with pytest.raises(pytest.fail.Exception, match="--env-id NoSuch-v0 cannot be played .*doesn't exist"):
+    with pytest.raises(
+        pytest.fail.Exception, match="--env-id NoSuch-v0 cannot be played .*doesn't exist"
+    ):
         problems("NoSuch-v0")
 
 

@@ -9,125 +9,195 @@ import signal
 import subprocess
 import sys
 import time
-from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from support import ROOT, SCRIPTS, TINY, assert_refused, assert_same_rows, main, result_of, rows
+from support import (
+    HALF,
+    ROOT,
+    SCRIPTS,
+    TINY,
+    Process,
+    assert_ledger_balances,
+    assert_refused,
+    assert_same_run,
+    files,
+    main,
+    result_of,
+    rows,
+    run,
+    wait_for,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import ppo_plr_procgen
 import ppo_robust_plr_minigrid
 
-HALF = {ppo_plr_procgen: "--total-timesteps 256", ppo_robust_plr_minigrid: "--total-timesteps 480"}
-CURRICULA = [(ppo_plr_procgen, x) for x in ("plr", "uniform", "sequential")]
-CURRICULA += [(ppo_robust_plr_minigrid, x) for x in ("robust_plr", "plr", "dr")]
-
-
-@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
-def script(request):
-    return request.param
-
-
-def start(script, flags: str, stderr=subprocess.DEVNULL) -> subprocess.Popen:
-    command = [sys.executable, f"{script.__name__}.py", *flags.split()]
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=stderr, text=True)
-
-
-def wait_for(condition) -> None:
-    deadline = time.time() + 120
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.005)
+pytestmark = pytest.mark.usefixtures("brief")  # evaluations, but for those of `run`
+SLOW = {"marks": pytest.mark.slow}
+CURRICULA = [(ppo_plr_procgen, "plr"), (ppo_robust_plr_minigrid, "robust_plr")]
+CURRICULA += [pytest.param(ppo_plr_procgen, x, **SLOW) for x in ("uniform", "sequential")]
+CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("plr", "dr")]
+EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
 
 
 def is_as_large(path: Path, size: float) -> bool:
     return (path.stat().st_size if path.exists() else 0) >= size
 
 
-def assert_same_run(run_dir: Path, expected: Path) -> None:
-    assert result_of(run_dir)["fingerprint"] == result_of(expected)["fingerprint"]
-    assert_same_rows(run_dir / "progress.csv", expected / "progress.csv")
-    assert_same_rows(run_dir / "evaluations.csv", expected / "evaluations.csv")
-
-
-# ---- resume ----------------------------------------------------------------------------------------------------------
+# ---- resume --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("script, curriculum", CURRICULA)
-def test_a_resumed_run_equals_the_uninterrupted_one(script, curriculum, monkeypatch, tmp_path):
-    flags = f"{TINY[script.__name__]} --curriculum {curriculum} --eval-interval 1"
-    main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/whole")
-    main(script, monkeypatch, f"{flags} {HALF[script]} --run-dir {tmp_path}/half")
-    steps = json.loads((tmp_path / "whole/args.json").read_text())["total_timesteps"]
-    main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps {steps} --checkpoint-interval 3")
-    assert_same_run(tmp_path / "half", tmp_path / "whole")
+def test_a_resumed_run_equals_the_uninterrupted_one(
+    script, curriculum, brief_run, monkeypatch, tmp_path
+):
+    whole, flags = (
+        brief_run(script, f"{EVALUATED} --curriculum {curriculum}"),
+        TINY[script.__name__],
+    )
+    main(
+        script,
+        monkeypatch,
+        f"{flags} {EVALUATED} --curriculum {curriculum} {HALF[script]} --run-dir {tmp_path}/half",
+    )
+    steps = json.loads((whole / "args.json").read_text())["total_timesteps"]
+    main(
+        script,
+        monkeypatch,
+        f"--resume {tmp_path}/half --total-timesteps {steps} --checkpoint-interval 3",
+    )
+    assert_same_run(tmp_path / "half", whole)
     assert json.loads((tmp_path / "half/args.json").read_text())["total_timesteps"] == steps
     seconds = [row["wall_seconds"] for row in rows(tmp_path / "half/progress.csv")]
     assert seconds == sorted(seconds)
 
 
-def test_killed_at_any_moment_a_run_resumes_to_the_same_end(script, finished_run, monkeypatch, tmp_path):
-    expected, rng, killed = finished_run(script), random.Random(0), 0
-    written = (expected / "progress.csv").stat().st_size
-    for i in range(10):
-        run_dir = tmp_path / str(i)
-        process = start(script, f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {run_dir}")
-        wait_for((run_dir / "checkpoint.pt").exists)
-        wait_for(partial(is_as_large, run_dir / "progress.csv", rng.random() * 0.9 * written))
-        time.sleep(rng.random() * 0.05)
-        process.kill()
-        process.wait()
-        if not (run_dir / "result.json").exists():
-            killed += 1
-            main(script, monkeypatch, f"--resume {run_dir}")
-        assert_same_run(run_dir, expected)
-        events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
-        assert [event.step for event in events] == [row["global_step"] for row in rows(run_dir / "progress.csv")]
-    assert killed >= 5
-
-
-@pytest.mark.parametrize("name, status", [("SIGTERM", 0), ("SIGUSR1", 0), ("SIGINT", 130)])
-def test_a_signal_ends_a_run_after_its_iteration(name, status, script, finished_run, monkeypatch, tmp_path):
-    run_dir = tmp_path / "run"
-    process = start(script, f"{TINY[script.__name__]} --checkpoint-interval 0 --run-dir {run_dir}")
+@pytest.mark.slow
+def test_killed_and_resumed_as_a_user_does_it(script, finished_run, tmp_path):
+    """Nothing in the way of the script: its own evaluation, and a start of Python each time."""
+    run_dir, command = (
+        tmp_path / "run",
+        [sys.executable, f"{script.__name__}.py", *TINY[script.__name__].split()],
+    )
+    command += ["--checkpoint-interval", "1", "--run-dir", str(run_dir)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     wait_for((run_dir / "progress.csv").exists)
-    process.send_signal(getattr(signal, name))
-    out, _ = process.communicate(timeout=120)
-    assert process.returncode == status
-    (flags,) = re.findall(rf"python {script.__name__}.py (--resume .*)", out)
-    at = torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"]
-    assert at == rows(run_dir / "progress.csv")[-1]["global_step"] and not (run_dir / "result.json").exists()
-    main(script, monkeypatch, flags)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL and not (run_dir / "result.json").exists()
+    done = run(script, f"--resume {run_dir}")
+    assert done.returncode == 0, done.stderr
     assert_same_run(run_dir, finished_run(script))
 
 
-def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(script, finished_run, monkeypatch, tmp_path):
-    flags = f"{TINY[script.__name__]} --eval-interval 1 --checkpoint-interval 0"
-    main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/whole")
-    main(script, monkeypatch, f"{flags} {HALF[script]} --run-dir {tmp_path}/half")
-    half = {path.name: path.read_bytes() for path in (tmp_path / "half").iterdir()}
-    for name in ("progress.csv", "evaluations.csv"):  # as a kill leaves them: rows too many, the last one cut short
-        whole = (tmp_path / "whole" / name).read_bytes()
-        (tmp_path / "half" / name).write_bytes(whole[: len(half[name]) + 150])
-    steps = json.loads((tmp_path / "whole/args.json").read_text())["total_timesteps"]
+def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(
+    script, brief_run, monkeypatch, tmp_path
+):
+    kill = "s.LevelSampler.update = lambda *args, **kwargs: os.kill(os.getpid(), 9)"
+    flags, again = (
+        f"{TINY[script.__name__]} {EVALUATED} --run-dir {tmp_path}/run",
+        f"--resume {tmp_path}/run",
+    )
+    for command in (flags, again):
+        assert (
+            Process(script, command, tmp_path / "printed", kill).wait().returncode
+            == -signal.SIGKILL
+        )
+    main(script, monkeypatch, again)
+    assert_same_run(tmp_path / "run", brief_run(script, EVALUATED))
+
+
+@pytest.mark.slow
+def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(
+    script, brief_run, tmp_path
+):
+    expected, rng, killed = brief_run(script, EVALUATED), random.Random(0), 0
+    whole = (expected / "progress.csv").stat().st_size
+    for i in range(5):
+        run_dir, times = tmp_path / str(i), 0
+        progress = run_dir / "progress.csv"
+        new = f"{TINY[script.__name__]} --eval-interval 2 --checkpoint-interval 1"
+        while not (run_dir / "result.json").exists():
+            resumes = (run_dir / "checkpoint.pt").exists()
+            flags = f"--resume {run_dir}" if resumes else f"{new} --run-dir {run_dir}"
+            process = Process(script, flags, tmp_path / f"printed{i}_{times}")
+            if times < 5:
+                size = progress.stat().st_size if progress.exists() else 0
+                until = size + rng.random() * (whole - size) / 2
+                while process.is_alive() and not is_as_large(progress, until):
+                    time.sleep(0.005)
+                process.kill_after(rng.random() * 0.05)
+            done = process.wait()
+            assert done.returncode in (0, -signal.SIGKILL), done.stderr
+            times += 1
+            killed += done.returncode != 0
+        assert_same_run(run_dir, expected)
+        events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
+        assert [event.step for event in events] == [row["global_step"] for row in rows(progress)]
+    assert killed > 5  # more than one of a run, on average
+
+
+@pytest.mark.parametrize(
+    "name, status", [("SIGTERM", 0), pytest.param("SIGUSR1", 0, **SLOW), ("SIGINT", 130)]
+)
+def test_a_signal_ends_a_run_after_its_iteration(
+    name, status, script, brief_run, monkeypatch, tmp_path
+):
+    run_dir = tmp_path / "run"
+    flags = f"{TINY[script.__name__]} {EVALUATED} --run-dir {run_dir}"
+    process = Process(
+        script,
+        flags,
+        tmp_path / "printed",
+        f"""
+update = s.LevelSampler.update
+def signalled(sampler, *args, **kwargs):
+    os.kill(os.getpid(), {getattr(signal, name).value})  # in the first iteration
+    s.LevelSampler.update = update
+    return update(sampler, *args, **kwargs)
+s.LevelSampler.update = signalled""",
+    )
+    done = process.wait()
+    assert done.returncode == status, done.stderr
+    (flags,) = re.findall(rf"python {script.__name__}.py (--resume .*)", done.stdout)
+    at = torch.load(run_dir / "checkpoint.pt", weights_only=True)["global_step"]
+    (row,) = rows(run_dir / "progress.csv")
+    assert at == row["global_step"] and not (run_dir / "result.json").exists()
+    main(script, monkeypatch, flags)
+    assert_same_run(run_dir, brief_run(script, EVALUATED))
+
+
+def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(
+    script, brief_run, monkeypatch, tmp_path
+):
+    whole, flags = brief_run(script, EVALUATED), TINY[script.__name__]
+    main(script, monkeypatch, f"{flags} {EVALUATED} {HALF[script]} --run-dir {tmp_path}/half")
+    half = files(tmp_path / "half")
+    # as a kill leaves them: rows too many, the last one cut short
+    for name in ("progress.csv", "evaluations.csv"):
+        (tmp_path / "half" / name).write_bytes((whole / name).read_bytes()[: len(half[name]) + 150])
+    steps = json.loads((whole / "args.json").read_text())["total_timesteps"]
     main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps {steps}")
-    assert_same_run(tmp_path / "half", tmp_path / "whole")
+    assert_same_run(tmp_path / "half", whole)
 
 
-def test_a_run_killed_just_before_its_result_writes_that(script, finished_run, monkeypatch, tmp_path):
-    shutil.copytree(finished_run(script), tmp_path / "run")
+def test_a_run_killed_just_before_its_result_writes_that(script, brief_run, monkeypatch, tmp_path):
+    shutil.copytree(brief_run(script), tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
     main(script, monkeypatch, f"--resume {tmp_path}/run")
-    assert_same_run(tmp_path / "run", finished_run(script))
-    assert result_of(tmp_path / "run")["evaluation"] == result_of(finished_run(script))["evaluation"]
+    assert_same_run(tmp_path / "run", brief_run(script))
+    assert result_of(tmp_path / "run")["evaluation"] == result_of(brief_run(script))["evaluation"]
 
 
-def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(monkeypatch, tmp_path, capsys):
+def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(
+    monkeypatch, tmp_path, capsys
+):
     script = ppo_plr_procgen
     monkeypatch.delattr(script.ProcgenLevels, "get_state")
     main(script, monkeypatch, f"{TINY[script.__name__]} {HALF[script]} --run-dir {tmp_path}/run")
@@ -135,15 +205,19 @@ def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(mo
     main(script, monkeypatch, f"--resume {tmp_path}/run --total-timesteps 384")
     assert "environments could not be saved: 4 episodes are dropped" in capsys.readouterr().out
     for row in (progress := rows(tmp_path / "run/progress.csv")):
-        assert row["started"] == row["completed"] + row["in_progress"] + row["dropped"]
-    assert progress[-1]["dropped"] == 4 and len(progress) == 3
+        assert_ledger_balances(row)
+    assert progress[-1]["dropped"] == 4 and len(progress) == 4
 
 
-# ---- what cannot be resumed ------------------------------------------------------------------------------------------
+# ---- what cannot be resumed ----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("damage", ["truncated", "garbage", "malicious", "newer", "foreign", "missing"])
-def test_a_run_that_cannot_be_loaded_is_left_as_it_is(damage, script, finished_run, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    "damage", ["truncated", "garbage", "malicious", "newer", "foreign", "missing"]
+)
+def test_a_run_that_cannot_be_loaded_is_left_as_it_is(
+    damage, script, finished_run, tmp_path, monkeypatch, capsys
+):
     run_dir = tmp_path / "run"
     shutil.copytree(finished_run(script), run_dir)
     path, other = run_dir / "checkpoint.pt", SCRIPTS[script is SCRIPTS[0]]
@@ -156,42 +230,40 @@ def test_a_run_that_cannot_be_loaded_is_left_as_it_is(damage, script, finished_r
         path.write_bytes(b"cos\nsystem\n(S'touch " + str(tmp_path / "hacked").encode() + b"'\ntR.")
     elif damage == "newer":
         torch.save(torch.load(path, weights_only=True) | {"format": f"{script.__name__} 99"}, path)
-        why = f"the format of its checkpoint is '{script.__name__} 99', this script's is '{script.FORMAT}'"
+        why = f"the format of its checkpoint is '{script.__name__} 99', this script's is "
+        why += f"'{script.FORMAT}'"
     elif damage == "foreign":
         shutil.copy(finished_run(other) / "checkpoint.pt", path)
         why = f"the format of its checkpoint is '{other.FORMAT}'"
     else:
         path.unlink()
         why = "[Errno 2] No such file"
-    before = {p.name: p.read_bytes() for p in run_dir.iterdir() if p.is_file()}
+    before = files(run_dir)
     expected = f"is not a run that can be loaded: {why}"
     assert_refused(script, monkeypatch, tmp_path, capsys, f"--resume {run_dir}", expected)
-    assert before == {p.name: p.read_bytes() for p in run_dir.iterdir() if p.is_file()}
+    assert before == files(run_dir)
 
 
-def test_flags_that_contradict_the_run_are_refused_by_name(script, finished_run, tmp_path, monkeypatch, capsys):
+def test_flags_that_contradict_the_run_are_refused_by_name(
+    script, finished_run, tmp_path, monkeypatch, capsys
+):
     run_dir = finished_run(script)
     for flags, expected in {
         "": "must be raised: ",
         "--total-timesteps 9600 --seed 2": "--seed 2 must be 1, as in the run to resume",
-        "--total-timesteps 9600 --curriculum plr --learning-rate 0.1": "--learning-rate 0.1 must be ",
+        "--total-timesteps 9600 --curriculum plr --learning-rate 0.1": "--learning-rate 0.1 must "
+        "be ",
         "--total-timesteps 96": "--total-timesteps 96 must be ",
         "--total-timesteps 9600 --eval-interval 3": "--eval-interval 3 must be ",
     }.items():
         if script is ppo_robust_plr_minigrid:
             flags = flags.replace("--curriculum plr", "--curriculum robust_plr")
-        assert_refused(script, monkeypatch, tmp_path, capsys, f"--resume {run_dir} {flags}", expected)
+        assert_refused(
+            script, monkeypatch, tmp_path, capsys, f"--resume {run_dir} {flags}", expected
+        )
 
 
-# ---- faults ----------------------------------------------------------------------------------------------------------
-
-
-def run_after(prelude: str, script, flags: str) -> subprocess.CompletedProcess:
-    """The script in a process of its own that first runs `prelude`, in which s is the script."""
-    code = f"import os, sys, {script.__name__} as s\n{prelude}\ns.main()"
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", code, *flags.split()]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=300)
+# ---- faults --------------------------------------------------------------------------------------
 
 
 def assert_stopped(done: subprocess.CompletedProcess, run_dir: Path, *expected: str) -> None:
@@ -201,23 +273,27 @@ def assert_stopped(done: subprocess.CompletedProcess, run_dir: Path, *expected: 
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("kind", ["tmpfs", "file size limit"])
+@pytest.mark.parametrize("kind", ["file size limit", pytest.param("tmpfs", **SLOW)])
 def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
-    kind, script, finished_run, monkeypatch, tmp_path
+    kind, script, brief_run, monkeypatch, tmp_path
 ):
-    size = (finished_run(script) / "checkpoint.pt").stat().st_size
+    size = (brief_run(script) / "checkpoint.pt").stat().st_size
     flags, disk = f"{TINY[script.__name__]} --checkpoint-interval 2", tmp_path / "disk"
     disk.mkdir()
-    if kind == "tmpfs":  # room for the checkpoints but not for the logs; then for the first checkpoint alone
+    # room for the checkpoints but not for the logs; then for the first checkpoint alone
+    if kind == "tmpfs":
         mount = ["mount", "-t", "tmpfs", "-o", f"size={int(1.5 * size)}", "tmpfs", str(disk)]
         if subprocess.run(mount, capture_output=True).returncode:
             pytest.skip("mounting a tmpfs is not allowed here")
         prelude, expected = "", "No space left on device"
     else:
         expected = "File too large"
-        prelude = f"import resource; resource.setrlimit(resource.RLIMIT_FSIZE, ({int(0.9 * size)}, {int(0.9 * size)}))"
+        limit = f"resource.RLIMIT_FSIZE, ({int(0.9 * size)}, {int(0.9 * size)})"
+        prelude = f"import resource\nresource.setrlimit({limit})"
     try:
-        done = run_after(prelude, script, f"{flags} --run-dir {disk}/run")
+        done = Process(
+            script, f"{flags} --run-dir {disk}/run", tmp_path / "printed", prelude
+        ).wait()
         assert_stopped(done, disk / "run", expected)
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
@@ -225,16 +301,20 @@ def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
             subprocess.run(["umount", str(disk)], check=True)
     main(script, monkeypatch, f"--resume {tmp_path}/run")
     assert not list((tmp_path / "run").glob("*.tmp"))
-    assert_same_run(tmp_path / "run", finished_run(script))
+    assert_same_run(tmp_path / "run", brief_run(script))
 
 
 def test_a_deleted_run_directory_is_named(script, tmp_path):
     run_dir = tmp_path / "run"
-    process = start(script, f"{TINY[script.__name__]} --run-dir {run_dir}", stderr=subprocess.PIPE)
-    wait_for((run_dir / "progress.csv").exists)
-    run_dir.rename(tmp_path / "gone")  # at once, unlike a recursive removal
-    out, err = process.communicate(timeout=120)
-    done = subprocess.CompletedProcess([], process.returncode, out, err)
+    prelude = f"""
+update = s.LevelSampler.update
+def renamed(sampler, *args, **kwargs):
+    os.path.exists("{run_dir}") and os.rename("{run_dir}", "{tmp_path}/gone")
+    return update(sampler, *args, **kwargs)
+s.LevelSampler.update = renamed"""
+    done = Process(
+        script, f"{TINY[script.__name__]} --run-dir {run_dir}", tmp_path / "printed", prelude
+    ).wait()
     assert_stopped(done, run_dir, "FileNotFoundError", str(run_dir))
 
 
@@ -255,7 +335,7 @@ def poisoned(self, actions):
     calls.append(0)
     return obs, reward * float("nan") if len(calls) == {calls} else reward, *rest
 s.{envs}.step = poisoned"""
-    done = run_after(prelude, script, flags)
+    done = Process(script, flags, tmp_path / "printed", prelude).wait()
     assert_stopped(done, tmp_path / "run", f"of iteration {failing} is not finite", "failed_0.pt")
     failed = torch.load(tmp_path / "run/failed_0.pt", weights_only=True)
     assert {"actions", "rewards", "values", "agent"} <= set(failed)
@@ -265,28 +345,36 @@ s.{envs}.step = poisoned"""
     assert all(x.isfinite().all() for x in checkpoint["agent"].values())
 
 
-def test_a_procgen_that_dies_loses_nothing(finished_run, monkeypatch, tmp_path):
-    """Procgen ends its process at once: here by a state that it cannot read, in the second iteration."""
+def test_a_procgen_that_dies_loses_nothing(brief_run, monkeypatch, tmp_path):
+    """Procgen ends its process at once: here by a state that it cannot read, in the second
+    iteration."""
     script = ppo_plr_procgen
     prelude = """
 step, calls = s.ProcgenLevels.step, []
 def die(self, actions):
     calls.append(0)
-    if len(calls) == 50:
+    if len(calls) == 30:
         self.procgen.call_c_func("set_state", 0, bytes(10), 10)
     return step(self, actions)
 s.ProcgenLevels.step = die"""
     flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {tmp_path}/run"
-    done = run_after(prelude, script, flags)
-    assert done.returncode != 0 and "Traceback" not in done.stderr and len(rows(tmp_path / "run/progress.csv")) == 1
+    done = Process(script, flags, tmp_path / "printed", prelude).wait()
+    assert (
+        done.returncode != 0
+        and "Traceback" not in done.stderr
+        and len(rows(tmp_path / "run/progress.csv")) == 1
+    )
     main(script, monkeypatch, f"--resume {tmp_path}/run")
-    assert_same_run(tmp_path / "run", finished_run(script))
+    assert_same_run(tmp_path / "run", brief_run(script))
 
 
 class Pictures(gym.Env):
     """Four steps of noise that the seed decides; anywhere, a level is a reset seed."""
 
-    observation_space, action_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8), gym.spaces.Discrete(4)
+    observation_space, action_space = (
+        gym.spaces.Box(0, 255, (64, 64, 3), np.uint8),
+        gym.spaces.Discrete(4),
+    )
 
     def reset(self, *, seed=None, options=None):
         super().reset(seed=seed)
@@ -317,7 +405,11 @@ def test_a_dead_worker_is_noticed(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit) as stop:
         main(script, monkeypatch, f"{TINY[script.__name__]} --run-dir {tmp_path}/run")
     message = capsys.readouterr().err
-    assert stop.value.code == 1 and f"to go on: --resume {tmp_path}/run" in message and "Error" in message
+    assert (
+        stop.value.code == 1
+        and f"to go on: --resume {tmp_path}/run" in message
+        and "Error" in message
+    )
     assert "envs." in (tmp_path / "run/error_0.txt").read_text()  # its step, or the reset after it
     for process in made[0].processes:
         process.kill()

@@ -1,4 +1,9 @@
-"""Several processes, one run: gloo on the CPU, what every rank holds and how it compares with one process."""
+"""Several processes, one run: gloo on the CPU, what every rank holds and how it compares with one
+process.
+
+Most of these groups are processes forked for it (`ranks`): torchrun's own start takes each rank
+five seconds. What torchrun does itself, ending a group and starting it again, is tested with it.
+"""
 
 import contextlib
 import functools
@@ -7,44 +12,65 @@ import re
 import signal
 import subprocess
 import sys
+from datetime import timedelta
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from support import ROOT, SCRIPTS, TINY, assert_same_rows, main, result_of, rows
+import torch.distributed as dist
+from support import (
+    HALF,
+    ROOT,
+    TINY,
+    Process,
+    assert_ledger_balances,
+    assert_same_rows,
+    made_once,
+    main,
+    result_of,
+    rows,
+)
 
 import ppo_plr_procgen
 
-# Notes, for every rank, what it holds after each update; then starts the script.
-WRAPPER = """
-import os, sys
-sys.path.insert(0, {root!r})
-import {name} as s
+NOTHING = {"train_return": 0.0, "test_return": 0.0, "solved_mean": 0.0, "episodes": {}}
+NO_EVALUATION = f"s.evaluate = lambda *_: {NOTHING}"
+# Notes, for every rank, what it holds after each update.
+NOTE = """
 fingerprint = s.fingerprint
 def noting(state):
     if "agent" in state:
         with open(f"{notes}/{{s.WORLD}}_{{s.RANK}}", "a") as file:
             print(fingerprint(state["sampler"]), fingerprint(state["agent"]), file=file)
     return fingerprint(state)
-s.fingerprint = noting
-{prelude}
-s.main()
-"""
+s.fingerprint = noting"""
 
 
-@pytest.fixture(params=SCRIPTS, ids=lambda script: script.__name__)
-def script(request):
-    return request.param
-
-
-def torchrun(processes: int, script, flags: str, directory, prelude: str = "", options: str = ""):
+def torchrun(
+    processes: int, script, flags: str, directory: Path, prelude: str = "", options: str = ""
+):
+    """The script, after the prelude, as torchrun starts it."""
     wrapper = directory / "wrapper.py"
-    wrapper.write_text(WRAPPER.format(root=str(ROOT), name=script.__name__, notes=directory, prelude=prelude))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    imports = f"import os, sys\nsys.path.insert(0, {str(ROOT)!r})\nimport {script.__name__} as s"
+    wrapper.write_text(f"{imports}\n{prelude}\ns.main()")
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        f"--nproc-per-node={processes}",
+    ]
     command += [*options.split(), str(wrapper), *flags.split()]
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
-        command, cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+        command,
+        cwd=ROOT,
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
     )
     try:
         out, err = process.communicate(timeout=300)
@@ -54,55 +80,93 @@ def torchrun(processes: int, script, flags: str, directory, prelude: str = "", o
     return subprocess.CompletedProcess(command, process.returncode, out, err)
 
 
-NO_EVALUATION = "s.evaluate = lambda *_: {'train_return': 0.0, 'test_return': 0.0, 'solved_mean': 0.0, 'episodes': {}}"
+def ranks(
+    processes: int, script, flags: str, directory: Path, prelude: str = NO_EVALUATION
+) -> None:
+    """The same to the end, in processes forked for it, which find each other as those of torchrun
+    do."""
+    store = dist.TCPStore(
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300)
+    )
+    env = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(store.port),
+        "TORCHELASTIC_USE_AGENT_STORE": "True",
+    }
+    env |= {"WORLD_SIZE": str(processes), "TORCHELASTIC_RESTART_COUNT": "0"}
+    group = [
+        Process(
+            script, flags, directory / f"rank{k}", prelude, RANK=str(k), LOCAL_RANK=str(k), **env
+        )
+        for k in range(processes)
+    ]
+    try:
+        for process in group:
+            done = process.wait()
+            assert done.returncode == 0, done.stderr
+    finally:
+        for process in group:
+            process.kill_after(0)  # no rank is left behind
 
 
 def assert_same_run_but_for_rounding(a, b) -> None:
     for left, right in zip(rows(a / "progress.csv"), rows(b / "progress.csv"), strict=True):
         for column in left.keys() - {"wall_seconds", "SPS"}:
-            assert left[column] == pytest.approx(right[column], rel=1e-3, abs=1e-5, nan_ok=True), column
+            assert left[column] == pytest.approx(right[column], rel=1e-3, abs=1e-5, nan_ok=True), (
+                column
+            )
 
 
-@pytest.fixture(scope="module")
-def played(tmp_path_factory):
-    """played(script, processes): the directory of a tiny run, `run`, and of what each rank noted, made once."""
+@pytest.fixture(scope="session")
+def played(shared):
+    """played(script, processes): the directory of a tiny run, `run`, and of what each rank noted,
+    made once."""
 
     @functools.cache
-    def played(script, processes):
-        directory = tmp_path_factory.mktemp("played")
-        flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {directory}/run"
-        done = torchrun(processes, script, flags, directory, NO_EVALUATION)
-        assert done.returncode == 0, done.stderr
-        return directory
+    def played(script, processes: int) -> Path:
+        def make(directory: Path) -> None:
+            directory.mkdir()
+            flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {directory}/run"
+            ranks(processes, script, flags, directory, NO_EVALUATION + NOTE.format(notes=directory))
+
+        return made_once(shared / f"played_{script.__name__}_{processes}", make)
 
     return played
 
 
-@pytest.mark.parametrize("processes", [2, 4])
+@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_several_processes_play_the_run_of_one(processes, script, played, finished_run):
-    """The same levels in the same order, on every rank; parameters that differ by rounding; a ledger that balances."""
+    """The same levels in the same order, on every rank; parameters that differ by rounding; a
+    ledger that balances."""
     directory, run_dir = played(script, processes), played(script, processes) / "run"
-    notes = [(directory / f"{processes}_{rank}").read_text().splitlines() for rank in range(processes)]
+    notes = [
+        (directory / f"{processes}_{rank}").read_text().splitlines() for rank in range(processes)
+    ]
     progress = rows(run_dir / "progress.csv")
     assert all(note[: len(progress) + 1] == notes[0][: len(progress) + 1] for note in notes)
     assert len(set(notes[0])) == len(progress) + 1  # the start, and after each iteration
     assert result_of(run_dir)["processes"] == processes
     for row in progress:
-        assert row["started"] == row["completed"] + row["in_progress"] + row["dropped"] and row["in_progress"] == 4
+        assert_ledger_balances(row)
+        assert row["in_progress"] == 4
     assert_same_run_but_for_rounding(run_dir, finished_run(script))
 
 
-@pytest.mark.parametrize("more, updates", [("", 4), ("--num-minibatches 1 --target-kl 1e-9 --update-epochs 3", 2)])
-def test_the_first_updates_parameters_are_those_of_one_process(more, updates, script, monkeypatch, tmp_path):
-    """Two epochs of two minibatches; or one minibatch and three epochs, of which all ranks leave out the last."""
+@pytest.mark.parametrize(
+    "more, updates", [("", 4), ("--num-minibatches 1 --target-kl 1e-9 --update-epochs 3", 2)]
+)
+def test_the_first_updates_parameters_are_those_of_one_process(
+    more, updates, script, brief, monkeypatch, tmp_path
+):
+    """Two epochs of two minibatches; or one minibatch and three epochs, of which all ranks leave
+    out the last."""
     flags = f"{TINY[script.__name__]} --update-epochs 2 --num-minibatches 2 --score policy_entropy "
     if script is ppo_plr_procgen:
-        flags += f"--total-timesteps 128 {more}"
+        flags += f"--total-timesteps 96 {more}"
     else:  # plr learns at once
         flags += f"--curriculum plr --total-timesteps 96 --bootstrap-timeouts {more}"
     main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/1")
-    done = torchrun(2, script, f"{flags} --run-dir {tmp_path}/2", tmp_path, NO_EVALUATION)
-    assert done.returncode == 0, done.stderr
+    ranks(2, script, f"{flags} --run-dir {tmp_path}/2", tmp_path)
     one, two = (torch.load(tmp_path / f"{k}/checkpoint.pt", weights_only=True) for k in (1, 2))
     for name, parameter in one["agent"].items():
         torch.testing.assert_close(two["agent"][name], parameter, rtol=0, atol=1e-5)
@@ -111,16 +175,17 @@ def test_the_first_updates_parameters_are_those_of_one_process(more, updates, sc
     assert one["optimizer"]["state"][0]["step"] == two["optimizer"]["state"][0]["step"] == updates
 
 
+@pytest.mark.slow
 def test_a_killed_rank_restarts_the_group_from_the_checkpoint(script, played, tmp_path):
     kill = f"""
 {NO_EVALUATION}
-share, calls = s.share, []
-def dying(x):
+update, calls = s.LevelSampler.update, []
+def dying(*args, **kwargs):
     calls.append(0)
-    if len(calls) == 100 and s.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    if len(calls) == 3 and s.RANK == 1 and os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
         os.kill(os.getpid(), 9)
-    return share(x)
-s.share = dying"""
+    return update(*args, **kwargs)
+s.LevelSampler.update = dying"""
     flags = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {tmp_path}/run"
     done = torchrun(2, script, flags, tmp_path, kill, "--max-restarts=1")
     assert done.returncode == 0 and "exitcode: -9" in done.stderr, done.stderr
@@ -129,13 +194,13 @@ s.share = dying"""
     assert_same_rows(tmp_path / "run/progress.csv", whole / "progress.csv")
 
 
-def test_a_run_may_resume_on_another_number_of_processes(script, finished_run, monkeypatch, tmp_path):
+def test_a_run_may_resume_on_another_number_of_processes(
+    script, finished_run, brief, monkeypatch, tmp_path
+):
     flags = TINY[script.__name__]
     steps = int(re.search(r"--total-timesteps (\d+)", flags)[1])
-    main(script, monkeypatch, f"{flags} --total-timesteps {2 * steps // 3} --run-dir {tmp_path}/run")
-    flags = f"--resume {tmp_path}/run --total-timesteps {steps}"
-    done = torchrun(2, script, flags, tmp_path, NO_EVALUATION)
-    assert done.returncode == 0, done.stderr
+    main(script, monkeypatch, f"{flags} {HALF[script]} --run-dir {tmp_path}/run")
+    ranks(2, script, f"--resume {tmp_path}/run --total-timesteps {steps}", tmp_path)
     assert_same_run_but_for_rounding(tmp_path / "run", finished_run(script))
 
 

@@ -114,6 +114,7 @@ def test_the_patch_is_small_and_applies(tmp_path):
         assert (tmp_path / "other.py").read_text() == (tmp_path / "cleanrl_ppo.py").read_text()
 
 
+@pytest.mark.slow
 def test_patched_cleanrl_learns_with_plr(tmp_path, monkeypatch):
     pytest.importorskip("tyro")
     script, counts, update = patched(tmp_path), [], LevelSampler.update
@@ -202,6 +203,7 @@ def test_every_worker_plays_the_level_it_was_given(kind):  # (R1, R8)
     assert all(known[level] == score for level, score in zip(sampler.levels[sampler.seen], sampler.scores))
 
 
+@pytest.mark.slow
 def test_stable_baselines3_learns_with_plr():
     vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
     import sb3_plr

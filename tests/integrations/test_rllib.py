@@ -211,6 +211,7 @@ def assert_scored_as_uncut(algorithm: Watched) -> int:
 # ---- against real workers --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_training(build, monkeypatch, tmp_path):
     algorithm = build({}, env_runners=2, envs=8, batch=1024, buffer_size=64, nu=0.25)
 
@@ -268,6 +269,7 @@ def test_training(build, monkeypatch, tmp_path):
     ledger_then.train(algorithm)
 
 
+@pytest.mark.slow
 def test_killed_env_runners(build, tmp_path):
     """R10: of three env runners, one gets a SIGKILL in the middle of an episode, and one is killed by Ray."""
     kill_file = tmp_path / "kill"
