@@ -15,16 +15,25 @@ banner "machinery" can stay as it is. Procgen ends an episode at its time limit 
 that it did nor the last observation: as in the paper, a timeout is a terminal state here.
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported is no error
+
 import contextlib
 import copy
 import ctypes
+import datetime
+import fcntl
 import functools
 import importlib.util
 import io
 import json
 import math
 import os
-import signal
+import re
+import shlex
+import struct
 import sys
 import threading
 import time
@@ -80,10 +89,13 @@ class Args:
     resume: str | None = None  # go on with the run in this directory; --total-timesteps may grow
 
     # Environment
-    env_id: Literal[GAMES] = "starpilot"  # one of the 16 Procgen games
+    env_id: str = "starpilot"  # one of the 16 Procgen games
     distribution_mode: Literal["easy", "hard", "extreme", "memory"] = "easy"  # the difficulty
     num_levels: int = 200  # size of the training set of levels (0: no bound, uniform or sequential)
     start_level: int = 0  # the first training level
+    use_backgrounds: bool = True  # False: black in place of pictures behind the game
+    restrict_themes: bool = False  # one look of everything, where a game has several
+    center_agent: bool = True  # False: the whole level is in view
     env_threads: int = 0  # Procgen's worker threads (0: one per core); results do not depend on it
 
     # PPO (PLR paper, Table 3)
@@ -424,7 +436,7 @@ def train(args: Args, run: "Run") -> None:
             step_scores = to_numpy(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
             step_scores = to_numpy(1 + logits.exp().topk(2).values.diff(dim=-1).squeeze(-1))
-        elif args.score == "max_mc":  # Robust PLR: best return so far on the level, scaled
+        elif args.score == "max_mc":  # Robust PLR: best return so far, in the scale of its day
             step_scores = sampler.best_returns(levels).astype(np.float32) - b_values
         phase("sampler")
         sampler.update(levels, step_scores, ended)
@@ -569,6 +581,11 @@ def log_row(
 # ---- levels and environments ---------------------------------------------------------------------
 
 
+MAKERS_LEVEL = 0x01234567  # any, whose bytes are found in a saved state
+LAST_LEVEL = 2**31 - 1
+PROCGEN_OPTIONS = ("use_backgrounds", "restrict_themes", "center_agent")
+
+
 class ProcgenLevels(gym.vector.VectorEnv):
     """Procgen as a Gymnasium VectorEnv without autoreset, where a reset's seed is the level played.
 
@@ -582,7 +599,13 @@ class ProcgenLevels(gym.vector.VectorEnv):
     """
 
     def __init__(
-        self, num_envs: int, env_id: str, mode: str, num_threads: int, page_lock: bool = False
+        self,
+        num_envs: int,
+        env_id: str,
+        mode: str,
+        num_threads: int,
+        page_lock: bool = False,
+        **options: bool,  # use_backgrounds, restrict_themes, center_agent
     ):
         # procgen imports the dead package gym, which prints a notice
         with contextlib.redirect_stderr(io.StringIO()):
@@ -594,6 +617,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
             distribution_mode=mode,
             num_levels=1,
             rand_seed=0,  # Procgen would draw one from the operating system
+            **options,
         )
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
         # observe() then returns the library's own arrays, which the next step overwrites
@@ -603,10 +627,12 @@ class ProcgenLevels(gym.vector.VectorEnv):
             rgb = self.procgen.observe()[1]["rgb"]
             error = torch.cuda.cudart().cudaHostRegister(rgb.ctypes.data, rgb.nbytes, 0)
             torch.cuda.check_error(error)
-        self.level_start = functools.lru_cache(maxsize=4096)(  # 21-38 KB and 0.5 ms each
-            lambda level: make(num=1, start_level=level, num_threads=0).get_state()[0]
-        )
+        # Level starts are made by one game for all: each one that is closed leaks 11 KB.
+        self.maker = make(num=1, start_level=MAKERS_LEVEL, num_threads=0)
+        self.makers_start = self.maker.get_state()[0]
+        self.level_start = functools.lru_cache(maxsize=4096)(self.make_level_start)
         self.num_envs = num_envs
+        self.env_id = env_id
         self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
         self.single_action_space = gym.spaces.Discrete(15)
         batch = gym.vector.utils.batch_space
@@ -620,11 +646,30 @@ class ProcgenLevels(gym.vector.VectorEnv):
         levels = np.asarray(seed)
         if levels.ndim == 0:
             levels = levels + np.arange(self.num_envs)
+        if levels.min() < 0 or levels.max() >= LAST_LEVEL:
+            raise ValueError(f"Procgen's levels are 0 to 2**31 - 2, a seed of {seed} is not one")
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
         for i in np.flatnonzero(mask).tolist():
             state = self.level_start(int(levels[i]))
             self.procgen.call_c_func("set_state", i, state, len(state))
         return self.procgen.observe()[1]["rgb"], {}
+
+    def make_level_start(self, level: int) -> bytes:
+        """The saved state of a game that begins the level, 21-38 KB.
+
+        Like that of a fresh game with num_levels=1 and start_level=level, in all that is played:
+        the maker, back at its own start, is told that its only level is this one and to begin it.
+        """
+        its_level = struct.pack("<ii", MAKERS_LEVEL, MAKERS_LEVEL + 1)  # first and end of a range
+        this_level = struct.pack("<ii", level, level + 1)
+        state = self.makers_start.replace(its_level, this_level, 1)
+        self.maker.call_c_func("set_state", 0, state, len(state))
+        self.maker.act(np.array([-1], np.int32))  # ends the episode, and so begins the next
+        self.maker.observe()
+        state = self.maker.get_state()[0]
+        if self.env_id == "miner":  # which keeps the number of diamonds of the episode before
+            state = state[:-8] + bytes(4) + state[-4:]
+        return state
 
     def step(
         self, actions: np.ndarray
@@ -648,6 +693,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
             rgb = self.procgen.observe()[1]["rgb"]
             torch.cuda.cudart().cudaHostUnregister(rgb.ctypes.data)
         self.procgen.close()
+        self.maker.close()
 
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
@@ -655,8 +701,14 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
     the level."""
     threads = min(args.env_threads or os.cpu_count(), num_envs)
     try:
-        page_lock = device.type == "cuda"
-        return ProcgenLevels(num_envs, args.env_id, args.distribution_mode, threads, page_lock)
+        return ProcgenLevels(
+            num_envs,
+            args.env_id,
+            args.distribution_mode,
+            threads,
+            page_lock=device.type == "cuda",
+            **{name: getattr(args, name) for name in PROCGEN_OPTIONS},
+        )
     except (ImportError, OSError) as error:
         libraries = "On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0"
         refuse(f"Procgen does not load ({error}). {libraries}")
@@ -681,6 +733,17 @@ def evaluation_levels(args: Args) -> np.ndarray:
     return np.append(FIRST_TEST_LEVEL + test_levels, train_levels)
 
 
+EVALUATION_ENVS: dict[tuple, gym.vector.VectorEnv] = {}  # kept: Procgen leaks what is closed
+
+
+def evaluation_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
+    flags = ("env_id", "distribution_mode", "env_threads", *PROCGEN_OPTIONS)
+    key = (num_envs, device, *[getattr(args, name) for name in flags])
+    if key not in EVALUATION_ENVS:
+        EVALUATION_ENVS[key] = make_envs(args, num_envs, device)
+    return EVALUATION_ENVS[key]
+
+
 def evaluate(
     agent: Agent, args: Args, device: torch.device, video: Path | None = None
 ) -> dict[str, Any]:
@@ -695,8 +758,9 @@ def evaluate(
     frames = []
     with own_random_stream(args, device):
         for chunk in np.array_split(np.arange(len(levels)), math.ceil(len(levels) / 256)):
-            envs = make_envs(args, len(chunk), device)
-            obs, _ = envs.reset(seed=levels[chunk].tolist())
+            envs = evaluation_envs(args, len(chunk), device)
+            seed = levels[chunk].tolist()
+            obs, _ = envs.reset(seed=seed)
             playing = np.arange(len(chunk))  # environments whose episode goes on
             while len(playing):
                 if video and chunk[playing[0]] == 0:
@@ -707,8 +771,10 @@ def evaluate(
                 actions[playing] = agent.get_action_and_value(playing_obs)[0].cpu().numpy()
                 obs, reward, terminations, truncations, _ = envs.step(actions)
                 returns[chunk[playing]] += reward[playing]
-                playing = playing[~(terminations | truncations)[playing]]
-            envs.close()
+                done = terminations | truncations
+                playing = playing[~done[playing]]
+                if done.any():  # again, uncounted: no environment is stepped after its end
+                    obs, _ = envs.reset(seed=seed, options={"reset_mask": done})
     if video:  # every second frame, at Procgen's speed
         write_gif(video.with_suffix(".gif"), frames[::2], milliseconds=133)
     test = slice(0, args.eval_episodes)
@@ -733,6 +799,8 @@ def evaluate(
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work, with one sentence and exit status 2."""
+    games = sorted(set().union(*GAMES_WITH_MODE.values()))
+    require(args, ["env_id"], lambda x: x in games, f"one of {', '.join(games)}")
     if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
         modes = [mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games]
         refuse(
@@ -740,8 +808,10 @@ def check_args(args: Args) -> None:
             f" choose from {', '.join(modes)}."
         )
     check_common_args(args)
-    counts = ["num_levels", "start_level", "env_threads"]
-    require(args, counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
+    require(args, ["env_threads"], lambda x: 0 <= x < 2**31, "at least 0 and below 2**31")
+    levels = ["num_levels", "start_level"]
+    most_levels = f"at least 0 and at most {FIRST_TEST_LEVEL}, where the levels for testing begin"
+    require(args, levels, lambda x: 0 <= x <= FIRST_TEST_LEVEL, most_levels)
     require(args, ["reward_norm_gamma", "nu"], lambda x: 0 <= x <= 1, "between 0 and 1")
     rollout = f"--num-envs x --num-steps = {args.batch_size}"
     require(
@@ -765,6 +835,11 @@ def check_args(args: Args) -> None:
         require(args, ["start_level"], lambda x: x == 0, all_levels)
         baselines = "uniform or sequential with --num-levels 0: plr needs a fixed set"
         require(args, ["curriculum"], lambda x: x != "plr", baselines)
+    if args.curriculum != "plr":
+        for_plr = "--curriculum plr"
+        require_default(args, ["rho", "nu", "replay_schedule"], for_plr)
+    elif args.replay_schedule != "fixed":
+        require_default(args, ["nu"], "--replay-schedule fixed")
     if args.curriculum == "plr" and args.score in ("gae", "max_mc"):
         another = f"another: --score {args.score} can be negative"
         require(args, ["score_transform"], lambda x: x != "power", another)
@@ -775,6 +850,7 @@ def check_args(args: Args) -> None:
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+LOCKS = []  # open files: a lock is held as long as its file is open
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -804,24 +880,26 @@ class Run:
 
     `parts` is all that has a state (state_dict, load_state_dict): saved, restored and hashed in
     one loop. `storage` is what a loss that is not finite came from. `totals` are counts that go
-    on after a resume.
+    on after a resume. Process 0 of torchrun alone writes and shows.
     """
 
     def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
         self.args = args
-        self.dir = directory
         self.checkpoint = checkpoint
         self.parts: dict[str, Any] = {}
         self.storage: dict[str, Any] = {}
         self.totals: dict[str, int] = {}
-        self.writer = start_writer(args, directory, checkpoint) if RANK == 0 else None
+        self.notes: list[str] = []  # more for the line on the screen
         self.device = choose_device(args)
+        self.dir = Path(gather_objects(str(directory))[0])  # process 0 has chosen it
+        self.writer = start_writer(args, self.dir, checkpoint) if RANK == 0 else None
         self.graphs = args.cuda_graphs and self.device.type == "cuda"
         self.profile = Profile(args.profile, self.device)
         self.iteration = 0
         self.train_seconds = 0.0  # of rollouts and updates
         self.began = time.time()
         self.evaluation: dict[str, Any] | None = None  # the last one
+        self.evaluation_shown = True
         self.last_report = (0, 0.0)  # steps and train_seconds at the last line on the screen
         self.signals: list[int] = []
         self.stopping = False
@@ -841,23 +919,37 @@ class Run:
 
     def iterations(self, envs: gym.vector.VectorEnv) -> Iterator[int]:
         """1, 2, ..., or from the checkpoint on, until the last one or a signal."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        if self.checkpoint is None:
-            self.save(envs)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
         say(f"{describe(self.args)}, seed {self.args.seed}: {self.dir}")
         say(f"training on {device_name(self.device)}")
+        if self.checkpoint is None:
+            self.save(envs)
+        else:
+            say(f"continuing at step {self.global_step:,}")
+        T, N = self.args.num_steps, self.args.num_envs
+        patience = threading.Timer(
+            20.0, say, [f"in the first iteration: {T} steps of {N} environments, then the update"]
+        )
+        patience.daemon = True
+        patience.start()
         self.last_report = (self.global_step, self.train_seconds)
         while self.iteration < self.args.num_iterations and not self.stopping:
             self.iteration += 1
             self.began_iteration = time.time()
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
+            patience.cancel()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """The first ends the run after its iteration, a second one at once."""
+        """The first ends the run after its iteration, a second of its kind at once."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if RANK == 0:  # not by print, which a signal may have interrupted
+            text = b"finishing this iteration, then saving; again to stop now\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text)
 
     def mean_losses(self, losses: Tensor, updates: int) -> dict[str, float]:
         """By name: losses (7,), summed over the updates, once the device has them; nan if none."""
@@ -886,12 +978,12 @@ class Run:
             f"{minutes_left // 60}h{minutes_left % 60:02d}m left",
             f"{steps_per_second:,.0f} steps/s",
         ]
-        if "gradient_updates" in self.totals:
-            line.append(f"{self.totals['gradient_updates']:,} updates")
+        line += self.notes
         line.append(f"train return {self.episodic_return:.2f}")
-        if self.evaluation:
+        if not self.evaluation_shown:
             shown = [f"{name} {self.evaluation[key]:.2f}" for name, key in SHOWN.items()]
             line.append(f"evaluation: {', '.join(shown)}")
+            self.evaluation_shown = True
         say(" | ".join(line))
 
     def finish(self, envs: gym.vector.VectorEnv, evaluate: Callable[[], dict[str, Any]]) -> None:
@@ -901,9 +993,11 @@ class Run:
             dist.destroy_process_group()
         if RANK > 0:
             return
-        self.writer.close()
+        with optional("TensorBoard"):
+            self.writer.close()
         if self.stopping:
-            say(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {self.dir}")
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+            say(f"Stopped by a signal. To go on: {command}")
             raise SystemExit(130 if signal.SIGINT in self.signals else 0)
         result = {
             "env_id": self.args.env_id,
@@ -928,12 +1022,14 @@ class Run:
         """A row for TensorBoard and, its names without their group, for a CSV file."""
         if RANK > 0:
             return
-        for key, value in row.items():
-            if not math.isnan(value):
-                self.writer.add_scalar(key, value, self.global_step)
+        with optional("TensorBoard"):
+            for key, value in row.items():
+                if not math.isnan(value):
+                    self.writer.add_scalar(key, value, self.global_step)
         columns = {"global_step": self.global_step, "wall_seconds": time.time() - self.began}
         columns |= {key.split("/")[1]: value for key, value in row.items()}
-        append_row(self.dir / file, columns)
+        with optional(f"writing to {file}"):
+            append_row(self.dir / file, columns)
 
     def log_iteration(self, row: dict[str, float]) -> None:
         """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
@@ -954,13 +1050,15 @@ class Run:
 
     def log_evaluation(self, evaluation: dict[str, Any]) -> None:
         self.evaluation = evaluation
+        self.evaluation_shown = False
         scalars = {name: x for name, x in evaluation.items() if name != "episodes"}
         self.log("evaluations.csv", {f"eval/{k}": x for k, x in (self.totals | scalars).items()})
 
-    def log_pictures(self, pictures: dict[str, np.ndarray]) -> None:
+    def log_pictures(self, draw: Callable[[], dict[str, np.ndarray]]) -> None:
         """For TensorBoard: (H, W, 3) uint8 by name."""
-        for name, picture in pictures.items():
-            self.writer.add_image(name, picture, self.global_step, dataformats="HWC")
+        with optional("drawing levels"):
+            for name, picture in draw().items():
+                self.writer.add_image(name, picture, self.global_step, dataformats="HWC")
 
     def require_finite(self, what: str, x: Any) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
@@ -1096,7 +1194,7 @@ class Profile:
             return
         total = self.seconds.total()
         shares = [f"{k} {x:.4g} s ({x / total:.1%})" for k, x in self.seconds.most_common()]
-        print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
+        say(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", True)
         self.profiler.start()
         self.tracing = True
 
@@ -1172,7 +1270,7 @@ def write_file(path: Path, content: Any) -> None:
         content = buffer.getvalue()
     elif not isinstance(content, bytes):
         content = json.dumps(content, indent=2).encode()
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -1190,52 +1288,99 @@ def append_row(path: Path, columns: dict[str, Any]) -> None:
 
 
 def cut_rows(path: Path, global_step: int) -> None:
-    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will
-    be written again."""
+    """Leaves a CSV file's rows up to global_step. Those after it, and what is not a row, cut short
+    by a full disk or a kill, will be written again; a file without its header is set aside."""
     if not path.exists():
         return
     header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
-    whole = [line for line in lines if line.endswith(b"\n")]
-    kept = [line for line in whole if int(line.split(b",")[0]) <= global_step]
-    write_file(path, header + b"".join(kept) if kept else b"")
+    if not header.startswith(b"global_step,") or not header.endswith(b"\n"):
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        return
+    kept = []
+    for line in lines:
+        step = line.split(b",")[0]
+        whole = line.endswith(b"\n") and line.count(b",") == header.count(b",")
+        if whole and step.isdigit() and int(step) <= global_step:
+            kept.append(line)
+    write_file(path, header + b"".join(kept))
 
 
 def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    with optional(f"the video {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        more = frames[1:]
+        frames[0].save(path, save_all=True, append_images=more, duration=milliseconds, loop=0)
 
 
-def make_run_dir(args: Args) -> Path:
-    default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    directory = Path(args.resume or args.run_dir or default)
-    if RANK == 0 and not args.resume and (directory / "progress.csv").exists():
-        other = f"choose another directory, or --resume {directory}"
-        refuse(f"--run-dir {directory} already holds a run: {other}.")
+def claim_run_dir(args: Args) -> Path:
+    """The run's directory, which no other process can have while this one lives."""
+    directory = Path(args.resume or args.run_dir or default_run_dir(args))
+    if RANK > 0:
+        return directory
+    flag = f"--{'resume' if args.resume else 'run-dir'} {shlex.quote(str(directory))}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            write_file(directory / "args.json", asdict(args))
+        lock = open(directory / "lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, at a kill too
+        LOCKS.append(lock)
+        if not args.resume and (directory / "progress.csv").exists():
+            other = f"choose another directory, or --resume {shlex.quote(str(directory))}"
+            refuse(f"{flag} already holds a run: {other}.")
+        for leftover in directory.glob("*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        write_file(directory / "args.json", asdict(args))
+    except BlockingIOError:
+        refuse(f"{flag} is in use: another process trains there. Choose another directory.")
     except OSError as error:
-        refuse(f"--run-dir {directory} cannot be written: {error.strerror}.")
+        refuse(f"{flag} cannot be written: {error.strerror}.")
     return directory
+
+
+def default_run_dir(args: Args) -> Path:
+    """One that was not there before: made here, since another run may start in the same second."""
+    env_id = args.env_id.replace("/", "_")
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    for suffix in ("", *[f"_{i}" for i in range(2, 1000)]):
+        directory = Path("runs", name + suffix)
+        try:
+            if RANK == 0:
+                directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            continue
+        except OSError as error:
+            refuse(f"--run-dir {directory} cannot be written: {error.strerror}.")
+    raise AssertionError("a thousand runs in a second")
 
 
 def start_writer(args: Args, directory: Path, checkpoint: dict[str, Any] | None) -> SummaryWriter:
     if args.track:
-        import wandb
-
-        wandb.init(
-            sync_tensorboard=True,
-            config=asdict(args),
-            name=directory.name,
-            dir=directory,
-            save_code=True,
-        )
-    purge_step = checkpoint["global_step"] + 1 if checkpoint else None
+        with optional("Weights and Biases"):
+            start_tracking(args, directory)
+    # what an earlier process of this run wrote after its last checkpoint does not count
+    purge_step = checkpoint["global_step"] + 1 if checkpoint else 0
     writer = SummaryWriter(directory, purge_step=purge_step)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
+
+
+def start_tracking(args: Args, directory: Path) -> None:
+    """One run of Weights and Biases, which a resume goes on with."""
+    import wandb
+
+    path = directory / "wandb_id.txt"
+    if not path.exists():
+        write_file(path, os.urandom(8).hex().encode())
+    wandb.init(
+        id=path.read_text(),
+        resume="allow",
+        sync_tensorboard=True,
+        config=asdict(args),
+        name=directory.name,
+        dir=directory,
+        save_code=True,
+    )
 
 
 def choose_device(args: Args) -> torch.device:
@@ -1313,7 +1458,9 @@ def join_processes(backend: str) -> None:
     # torchrun reuses the store after a restart: a prefix keeps the last group's addresses out
     store, *_ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    # process 0 evaluates while the others wait; torchrun itself notices a process that has died
+    timeout = datetime.timedelta(days=7)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=timeout)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -1366,16 +1513,33 @@ def all_reduce_gradients(agent: nn.Module) -> None:
 # command line
 
 
-def say(line: str) -> None:
-    if RANK == 0:
+def say(line: str, every_process: bool = False) -> None:
+    """A line on the screen. Nothing that is wrong with the screen ends a training."""
+    if RANK > 0 and not every_process:
+        return
+    try:
         print(line, flush=True)
+    except UnicodeError:
+        print(ascii(line), flush=True)
+    except (OSError, ValueError):  # a closed pipe, a full disk
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Of what a training can do without: if it fails, a line says so, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{what} failed, the run goes on: {type(error).__name__}: {error}")
 
 
 def refuse(reason: str, status: int = 2) -> None:
     """Ends the program with one sentence."""
     if RANK > 0 and status == 2:
         time.sleep(30)  # process 0 says it, and torchrun ends the others
-    print(f"error: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {reason}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -1385,6 +1549,15 @@ def require(args: Args, names: list[str], allowed: Callable[[Any], bool], what: 
         value = getattr(args, name)
         if value is not None and not allowed(value):
             refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
+
+
+def require_default(args: Args, names: list[str], only_with: str) -> None:
+    """Refuses the flags among `names` that were given, though they would do nothing."""
+    defaults = {f.name: f.default for f in fields(Args)}
+    for name in names:
+        value = getattr(args, name)
+        if value != defaults[name]:
+            refuse(f"--{name.replace('_', '-')} {value} does nothing without {only_with}.")
 
 
 def check_common_args(args: Args) -> None:
@@ -1403,9 +1576,34 @@ def check_common_args(args: Args) -> None:
     require(args, ["num_envs"], lambda x: x % WORLD == 0, processes)
 
 
+def read_flags(default: Args | None = None) -> Args:
+    """The command line, in the spellings of sweep tools too: --anneal-lr=True, 25e6."""
+    kinds = {f"--{f.name.replace('_', '-')}": f.type for f in fields(Args) if f.init}
+    flags = []
+    for word in sys.argv[1:]:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if kinds.get(flag) is bool and value.lower() in ("true", "false"):
+            word = flag if value.lower() == "true" else f"--no-{flag[2:]}"
+        elif kinds.get(flag) is int and equals:
+            word = f"{flag}={whole_number(value)}"
+        elif flags and kinds.get(flags[-1].replace("_", "-")) is int:
+            word = whole_number(word)
+        flags.append(word)
+    return tyro.cli(Args, args=flags, default=default)
+
+
+def whole_number(text: str) -> str:
+    """25e6 -> 25000000; what is no such number stays as it is."""
+    if not re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()):
+        return text
+    number = float(text)
+    return str(int(number)) if number.is_integer() else text
+
+
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """The flags, and the checkpoint of the run in --resume or --evaluate."""
-    args = tyro.cli(Args)
+    args = read_flags()
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
     if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
@@ -1431,7 +1629,7 @@ def load_run(flag: str, directory: Path) -> tuple[Args, dict[str, Any]]:
     except Exception as error:  # whatever a damaged file makes of torch.load
         why = (str(error) or repr(error)).splitlines()[0]
         refuse(f"--{flag} {directory} is not a run that can be loaded: {why}")
-    args = tyro.cli(Args, default=defaults)
+    args = read_flags(defaults)
     args = replace(args, **{flag: str(directory)})  # and derives the sizes anew
     if flag == "resume":
         check_resumed_args(args, saved, checkpoint)
@@ -1443,20 +1641,28 @@ def check_resumed_args(args: Args, saved: dict[str, Any], checkpoint: dict[str, 
         if name not in FREE_ON_RESUME and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             refuse(f"{flag} must be {value}, as in the run to resume.")
+    total = f"--total-timesteps {args.total_timesteps}"
+    if args.total_timesteps < saved["total_timesteps"]:
+        refuse(f"{total} must be at least {saved['total_timesteps']}, as in the run to resume.")
+    if args.anneal_lr and args.total_timesteps != saved["total_timesteps"]:
+        refuse(f"{total} must be {saved['total_timesteps']}: --anneal-lr has reached 0 by then.")
     # a run that was killed after its last checkpoint has only its result left to write
     finished = Path(args.resume, "result.json").exists()
     if args.num_iterations < checkpoint["iteration"] + finished:
-        more = f"must be raised: {args.resume} is finished"
-        refuse(f"--total-timesteps {args.total_timesteps} {more}.")
+        refuse(f"{total} must be raised: {args.resume} is finished.")
 
 
 def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     """--evaluate RUN: prints and writes an evaluation of a saved run."""
-    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
+    path = Path(args.evaluate, f"evaluation_{time.time_ns() // 10**6}.json")
     video = path.parent / "videos" / path.stem if args.capture_video else None
     device = choose_device(args)
     agent = Agent(make_envs(args, 1, device), args.precision).to(device)
-    agent.load_state_dict(checkpoint["agent"])
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError:
+        other = f"another network than the run in --evaluate {args.evaluate}"
+        refuse(f"--env-id {args.env_id} has {other}: its observations or actions differ.")
     result = evaluate(agent, args, device, video)
     of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}
     write_file(path, result | checkpoint["totals"] | of_run)
@@ -1474,7 +1680,7 @@ def main() -> None:
         return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    directory = make_run_dir(args)
+    directory = claim_run_dir(args)
     # TensorBoard's: the next add_scalar raises again what its writing thread met
     threading.excepthook = lambda _: None
     try:
@@ -1483,7 +1689,8 @@ def main() -> None:
         with contextlib.suppress(OSError):
             (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
         what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        details = f"{directory}/error_{RANK}.txt has details; to go on: --resume {directory}"
+        details = f"{directory}/error_{RANK}.txt has details"
+        details += f"; to go on: --resume {shlex.quote(str(directory))}"
         refuse(f"{what}. {details}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
         sys.stdout.flush()

@@ -19,8 +19,15 @@ cut off is not scored. With --bootstrap-timeouts the critic's value counts at bo
 episode is scored too (not by max_mc, which needs whole ones).
 """
 
+import signal
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported is no error
+
 import contextlib
 import ctypes
+import datetime
+import fcntl
 import functools
 import importlib.util
 import io
@@ -28,7 +35,8 @@ import itertools
 import json
 import math
 import os
-import signal
+import re
+import shlex
 import sys
 import threading
 import time
@@ -49,7 +57,7 @@ import tyro
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
-from PIL import Image
+from PIL import Image, ImageDraw
 from torch import Tensor, nn, optim
 from torch.utils.data import default_convert
 from torch.utils.tensorboard import SummaryWriter
@@ -86,7 +94,7 @@ class Args:
     num_walls: int = 25  # blocks placed in a maze, with replacement (ACCEL: 60, varied)
     vary_num_walls: bool = False  # draw each maze's number of blocks from 0 to --num-walls
     maze_size: int = 15  # cells along a side of a maze, border included
-    max_steps: int = 250  # time limit of an episode in a maze; registered environments keep theirs
+    max_steps: int | None = None  # time limit (mazes: 250; registered environments: their own)
 
     # PPO (dcd's 25-block configurations)
     total_timesteps: int = 250_000_000  # environment steps in full iterations, new levels included
@@ -108,7 +116,7 @@ class Args:
     # Robust PLR
     # learn on replayed levels only, on all, on new ones only (there is no replay then)
     curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
-    replay_prob: float = 0.5  # probability that a rollout replays, once the buffer is filled to rho
+    replay_prob: float = 0.5  # probability of a rollout on replayed levels, after --rho
     buffer_size: int = 4000  # levels kept for replay
     # estimate of a level's regret; the formulas stand at LEVEL SCORES in train()
     score: Literal[SCORES] = "max_mc"
@@ -141,8 +149,8 @@ class Args:
         self.batch_size = self.num_envs * self.num_steps
         self.minibatch_size = self.batch_size // max(self.num_minibatches, 1)
         self.num_iterations = self.total_timesteps // max(self.batch_size, 1)
-        if self.nu is not None:
-            self.replay_prob = 1 - self.nu
+        if self.env_id == "maze" and self.max_steps is None:
+            self.max_steps = 250
 
 
 def head(size: int, std: float) -> nn.Sequential:
@@ -463,7 +471,7 @@ def train(args: Args, run: "Run") -> None:
         phase("rest")
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
         rewards = to_numpy(own_rewards)
-        finished = finished_episodes(rewards, ended)
+        finished = finished_episodes(args, rewards, ended)
         sampler.record_returns(levels[ended], finished["return"])  # for max_mc
         logprobs.copy_(logits.gather(-1, actions[..., None]).squeeze(-1))
         if args.bootstrap_timeouts:
@@ -523,7 +531,7 @@ def train(args: Args, run: "Run") -> None:
         run.log_iteration(row | level_metrics(args, sampler, levels[dones], replay))
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
-            run.log_pictures(level_pictures(args, sampler, iteration))
+            run.log_pictures(lambda: level_pictures(args, sampler, run.iteration))
         run.end_iteration(envs)
     run.finish(envs, lambda: evaluate(agent, args, device))
 
@@ -546,7 +554,7 @@ def make_sampler(args: Args) -> LevelSampler:
         staleness_coef=args.staleness_coef,
         replay_schedule=args.replay_schedule,
         rho=args.rho,
-        nu=1 - args.replay_prob,
+        nu=1 - args.replay_prob if args.nu is None else args.nu,
         alpha=args.alpha,
         **options,
     )
@@ -575,9 +583,12 @@ def overwrite(fixed: Obs, obs: Obs) -> None:
         fixed[key].copy_(x)
 
 
-def finished_episodes(rewards: np.ndarray, ended: np.ndarray) -> dict[str, np.ndarray]:
+def finished_episodes(args: Args, rewards: np.ndarray, ended: np.ndarray) -> dict[str, np.ndarray]:
     """rewards (T, N) float32, ended (T, N) bool -> return and length of the episodes that ended,
     in order of time and environment."""
+    if needs_whole_episodes(args) and not ended.any(axis=0).all():
+        longer = "a level has a longer time limit than the ten that were tried"
+        raise ValueError(f"--num-steps {args.num_steps} cuts off an episode: {longer}")
     none_before = np.zeros(rewards.shape[1])
     returns, _ = running_sums(none_before, rewards, ended)
     lengths, _ = running_sums(none_before, np.ones_like(rewards), ended)
@@ -586,6 +597,15 @@ def finished_episodes(rewards: np.ndarray, ended: np.ndarray) -> dict[str, np.nd
 
 def describe(args: Args) -> str:
     return f"{args.env_id}, {args.curriculum}"
+
+
+def notes(run: "Run", sampler: LevelSampler) -> list[str]:
+    """For the line on the screen."""
+    updates = f"{run.totals['gradient_updates']:,} updates"
+    fill = sampler.num_seen / max(len(sampler.levels), 1)
+    if run.args.curriculum == "robust_plr" and fill < run.args.rho:
+        updates += f", filling the level buffer: {fill:.0%} of {run.args.rho:.0%}"
+    return [updates]
 
 
 def log_row(
@@ -602,6 +622,7 @@ def log_row(
     `Run.log_iteration` adds charts/SPS, and charts/gradient_updates and charts/untrained_steps:
     optimizer steps, and environment steps that nothing was learned from, so far.
     """
+    run.notes = notes(run, sampler)
     return {
         # of the episodes that ended in this iteration: mean return, mean length, the share with a
         # return above 0 (a short episode makes room for another: easy levels count more), how many
@@ -664,18 +685,31 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
         levels["highest_score"] = sampler.levels[np.argsort(-scores)[:best]]
         levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
     envs = make_envs(args, 1, torch.device("cpu"))
+    scores = dict(zip(sampler.levels.tolist(), sampler.scores.tolist()))
     pictures = {}
     for name, group in levels.items():
         frames = []
         for level in group.tolist():
             envs.reset(seed=[level])
-            frames.append(envs.frame())
+            score = f"   score {scores[level]:.3f}" if level in scores else ""
+            frames.append(with_caption(envs.frame(), f"level {level}{score}"))
+        height = max(len(frame) for frame in frames)  # a level's size may depend on its seed
+        frames = [np.pad(x, ((0, height - len(x)), (0, 0), (0, 0))) for x in frames]
         pictures[f"levels/{name}"] = np.concatenate(frames, axis=1)
     return pictures
 
 
+def with_caption(frame: np.ndarray, text: str) -> np.ndarray:
+    """(H, W, 3) uint8 -> a line of text below it."""
+    picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 20))
+    picture.paste(Image.fromarray(frame))
+    ImageDraw.Draw(picture).text((4, frame.shape[0] + 4), text, fill="white")
+    return np.asarray(picture)
+
+
 # ---- levels and environments ---------------------------------------------------------------------
 
+TILE = 24  # pixels along a cell's side in pictures
 VIEW = 5  # the agent sees VIEW x VIEW cells, itself in the middle of the last row
 # A cell as MiniGrid shows it: object, colour, state, packed with a zero byte into one int32, which
 # gathers faster
@@ -1027,7 +1061,13 @@ class MazeEnvs(gym.vector.VectorEnv):
         grid = Grid(*cells.shape)
         for r, c in np.argwhere(cells != EMPTY).tolist():
             grid.set(c, r, Goal() if cells[r, c] == GOAL else Wall())
-        return grid.render(8, (column - edge, row - edge), int(self.direction[0]))
+        agent = (column - edge, row - edge)
+        seen = np.zeros(cells.shape, bool)
+        for cell in (self.view[self.direction[0]] + self.position[0]).tolist():
+            r, c = divmod(cell, self.width)
+            if edge <= min(r, c) and max(r, c) < self.width - edge:
+                seen[c - edge, r - edge] = True
+        return grid.render(TILE, agent, int(self.direction[0]), highlight_mask=seen)
 
 
 class TensorEnvs(gym.vector.VectorWrapper):
@@ -1052,12 +1092,28 @@ class TensorEnvs(gym.vector.VectorWrapper):
         return self.observe(obs), reward.float(), terminated, truncated, infos
 
     def frame(self) -> np.ndarray:
-        return self.env.envs[0].unwrapped.get_frame(highlight=False, tile_size=8)
+        return self.env.envs[0].unwrapped.get_frame(highlight=True, tile_size=TILE)
 
 
-def make_minigrid(env_id: str, num_envs: int, device: torch.device, **options: Any) -> TensorEnvs:
+def make_minigrid(
+    env_id: str,
+    num_envs: int,
+    device: torch.device,
+    max_steps: int | None = None,
+    **options: Any,
+) -> TensorEnvs:
     without_autoreset = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
-    envs = gym.make_vec(env_id, num_envs, "sync", vector_kwargs=without_autoreset, **options)
+    wrappers = []
+    if max_steps is not None:
+        wrappers = [functools.partial(gym.wrappers.TimeLimit, max_episode_steps=max_steps)]
+    envs = gym.make_vec(
+        env_id,
+        num_envs,
+        "sync",
+        vector_kwargs=without_autoreset,
+        wrappers=wrappers,
+        **options,
+    )
     return TensorEnvs(envs, device)
 
 
@@ -1065,7 +1121,7 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
     """To train on something else, return another VectorEnv without autoreset, whose reset seed is
     the level."""
     if args.env_id != "maze":
-        return make_minigrid(args.env_id, num_envs, device)
+        return make_minigrid(args.env_id, num_envs, device, args.max_steps)
     return MazeEnvs(
         num_envs,
         device,
@@ -1108,6 +1164,8 @@ def play(
     agent.prepare_to_act()
     playing = np.ones(envs.num_envs, bool)
     returns = np.zeros(envs.num_envs)
+    if film is not None:
+        film.append(Image.fromarray(envs.frame()))
     while playing.any():
         act_and_step()
         reward, done = outcome.cpu().numpy()
@@ -1132,7 +1190,7 @@ def evaluation_environments(
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
-        yield args.env_id, make_minigrid(args.env_id, n, device), levels
+        yield args.env_id, make_minigrid(args.env_id, n, device, args.max_steps), levels
         return
     for name in (*NAMED_MAZES, "PerfectMaze21"):
         if name == "PerfectMaze21":
@@ -1165,7 +1223,8 @@ def evaluate(
             returns[name] = play(agent, envs, reset, film)
             envs.close()
             if video:  # every second frame, the last one included
-                write_gif(video / f"{name}.gif", film[::-2][::-1], milliseconds=100)
+                file_name = name.replace("/", "_")
+                write_gif(video / f"{file_name}.gif", film[::-2][::-1], milliseconds=100)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates = np.sort(list(solved.values()))
     quarter = len(rates) // 4
@@ -1193,8 +1252,15 @@ def check_args(args: Args) -> None:
     if WORLD > 1:
         parts += f" / {WORLD} processes"
     require(args, ["num_minibatches"], lambda x: args.num_envs // WORLD % x == 0, parts)
+    if args.minibatch_size == 1:
+        why = "2 are needed to normalise their advantages"
+        refuse(f"--num-minibatches {args.num_minibatches} leaves 1 sample in a minibatch: {why}.")
+    check_curriculum(args)
     check_budget(args)
-    time_limit = args.max_steps if args.env_id == "maze" else check_environment(args.env_id)
+    time_limit = args.max_steps
+    if args.env_id != "maze":
+        require_default(args, ["num_walls", "vary_num_walls", "maze_size"], "--env-id maze")
+        time_limit = check_environment(args.env_id, args.max_steps)
     if args.env_id == "maze":
         most = (args.maze_size - 2) ** 2 - 2
         cells = f"the cells of --maze-size {args.maze_size} but two"
@@ -1206,7 +1272,7 @@ def check_args(args: Args) -> None:
     if args.score in ("gae", "max_mc"):
         another = f"another: --score {args.score} can be negative"
         require(args, ["score_transform"], lambda x: x != "power", another)
-    if args.score == "max_mc" or not args.bootstrap_timeouts:
+    if needs_whole_episodes(args):
         why = "an episode that is cut off is not scored"
         if args.bootstrap_timeouts:
             why = "max_mc needs whole episodes"
@@ -1214,12 +1280,32 @@ def check_args(args: Args) -> None:
         require(args, ["num_steps"], lambda x: x >= time_limit, limit)
 
 
+def needs_whole_episodes(args: Args) -> bool:
+    """Whether an episode that the end of a rollout cuts off is one that is never scored."""
+    return args.curriculum != "dr" and (args.score == "max_mc" or not args.bootstrap_timeouts)
+
+
+def check_curriculum(args: Args) -> None:
+    """Every flag of the curriculum does something, or is refused by its own name."""
+    if args.curriculum == "dr":
+        flags = ["replay_prob", "nu", "buffer_size", "score", "score_transform", "temperature"]
+        flags += ["staleness_coef", "replay_schedule", "rho", "alpha"]
+        require_default(args, flags, "--curriculum robust_plr or plr")
+        return
+    if args.nu is None:
+        allowed, name = args.replay_prob > 0, f"--replay-prob {args.replay_prob} must be above 0"
+    else:
+        only_nu = "another without --nu, which is 1 - replay_prob"
+        require(args, ["replay_prob"], lambda x: x in (0.5, 1 - args.nu), only_nu)
+        allowed, name = args.nu < 1, f"--nu {args.nu} must be below 1"
+    if args.curriculum == "robust_plr" and not allowed:
+        refuse(f"{name}: robust_plr learns from replayed levels only.")
+
+
 def check_budget(args: Args) -> None:
     first = args.batch_size * (3 if args.profile else 1)
     why = "--num-envs x --num-steps, three times with --profile"
     if args.curriculum == "robust_plr":
-        learns = "above 0: robust_plr learns from replayed levels only"
-        require(args, ["replay_prob"], lambda x: x > 0, learns)
         fill = math.ceil(args.rho * args.buffer_size)
         first = max(first, args.batch_size * (1 + math.ceil(fill / args.num_envs)))
         why = "robust_plr learns nothing before the buffer holds --rho x --buffer-size"
@@ -1227,25 +1313,30 @@ def check_budget(args: Args) -> None:
     require(args, ["total_timesteps"], lambda x: x >= first, f"at least {first}: {why}")
 
 
-def check_environment(env_id: str) -> int:
+def check_environment(env_id: str, max_steps: int | None) -> int:
     """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns its
     time limit."""
+    starts = {}
+    time_limit = 0
     try:
-        env = gym.make(env_id).unwrapped
+        env = gym.make(env_id)
+        limits = [x for x in (max_steps, env.spec.max_episode_steps) if x is not None]
+        env = env.unwrapped
         if not isinstance(env, MiniGridEnv):
             raise TypeError(f"it is a {type(env).__name__}")
+        if not isinstance(env.observation_space, gym.spaces.Dict):
+            raise TypeError("its observations are no dictionaries with an image and a direction")
+        for level in (*range(10), *range(10)):
+            direction = env.reset(seed=level)[0]["direction"]
+            start = (env.grid.encode().tobytes(), direction, tuple(env.agent_pos))
+            if starts.setdefault(level, start) != start:
+                raise ValueError("two resets with one seed, which must decide the level, differ")
+            time_limit = max(time_limit, min(env.max_steps, *limits, math.inf))
+        if len(set(starts.values())) == 1:
+            raise ValueError("its levels are all alike, so there is nothing to choose from")
     except Exception as error:  # or not registered: Gymnasium knows what was perhaps meant
         why = (str(error) or repr(error)).splitlines()[0]
         refuse(f"--env-id {env_id} must be maze or a registered MiniGrid environment: {why}")
-    starts = {}
-    time_limit = 0
-    for level in (*range(10), *range(10)):
-        direction = env.reset(seed=level)[0]["direction"]
-        start = (env.grid.encode().tobytes(), direction, tuple(env.agent_pos))
-        if starts.setdefault(level, start) != start:
-            must = "that must decide the level"
-            refuse(f"--env-id {env_id} starts differently after two resets with one seed: {must}.")
-        time_limit = max(time_limit, env.max_steps)  # some depend on the level
     return time_limit
 
 
@@ -1254,6 +1345,7 @@ def check_environment(env_id: str) -> int:
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+LOCKS = []  # open files: a lock is held as long as its file is open
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -1283,24 +1375,26 @@ class Run:
 
     `parts` is all that has a state (state_dict, load_state_dict): saved, restored and hashed in
     one loop. `storage` is what a loss that is not finite came from. `totals` are counts that go
-    on after a resume.
+    on after a resume. Process 0 of torchrun alone writes and shows.
     """
 
     def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
         self.args = args
-        self.dir = directory
         self.checkpoint = checkpoint
         self.parts: dict[str, Any] = {}
         self.storage: dict[str, Any] = {}
         self.totals: dict[str, int] = {}
-        self.writer = start_writer(args, directory, checkpoint) if RANK == 0 else None
+        self.notes: list[str] = []  # more for the line on the screen
         self.device = choose_device(args)
+        self.dir = Path(gather_objects(str(directory))[0])  # process 0 has chosen it
+        self.writer = start_writer(args, self.dir, checkpoint) if RANK == 0 else None
         self.graphs = args.cuda_graphs and self.device.type == "cuda"
         self.profile = Profile(args.profile, self.device)
         self.iteration = 0
         self.train_seconds = 0.0  # of rollouts and updates
         self.began = time.time()
         self.evaluation: dict[str, Any] | None = None  # the last one
+        self.evaluation_shown = True
         self.last_report = (0, 0.0)  # steps and train_seconds at the last line on the screen
         self.signals: list[int] = []
         self.stopping = False
@@ -1320,23 +1414,37 @@ class Run:
 
     def iterations(self, envs: gym.vector.VectorEnv) -> Iterator[int]:
         """1, 2, ..., or from the checkpoint on, until the last one or a signal."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._on_signal)
-        if self.checkpoint is None:
-            self.save(envs)
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP):
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP
+                signal.signal(number, self._on_signal)
         say(f"{describe(self.args)}, seed {self.args.seed}: {self.dir}")
         say(f"training on {device_name(self.device)}")
+        if self.checkpoint is None:
+            self.save(envs)
+        else:
+            say(f"continuing at step {self.global_step:,}")
+        T, N = self.args.num_steps, self.args.num_envs
+        patience = threading.Timer(
+            20.0, say, [f"in the first iteration: {T} steps of {N} environments, then the update"]
+        )
+        patience.daemon = True
+        patience.start()
         self.last_report = (self.global_step, self.train_seconds)
         while self.iteration < self.args.num_iterations and not self.stopping:
             self.iteration += 1
             self.began_iteration = time.time()
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
+            patience.cancel()
 
     def _on_signal(self, number: int, frame: Any) -> None:
-        """The first ends the run after its iteration, a second one at once."""
+        """The first ends the run after its iteration, a second of its kind at once."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
+        if RANK == 0:  # not by print, which a signal may have interrupted
+            text = b"finishing this iteration, then saving; again to stop now\n"
+            with contextlib.suppress(OSError):
+                os.write(2, text)
 
     def mean_losses(self, losses: Tensor, updates: int) -> dict[str, float]:
         """By name: losses (7,), summed over the updates, once the device has them; nan if none."""
@@ -1365,12 +1473,12 @@ class Run:
             f"{minutes_left // 60}h{minutes_left % 60:02d}m left",
             f"{steps_per_second:,.0f} steps/s",
         ]
-        if "gradient_updates" in self.totals:
-            line.append(f"{self.totals['gradient_updates']:,} updates")
+        line += self.notes
         line.append(f"train return {self.episodic_return:.2f}")
-        if self.evaluation:
+        if not self.evaluation_shown:
             shown = [f"{name} {self.evaluation[key]:.2f}" for name, key in SHOWN.items()]
             line.append(f"evaluation: {', '.join(shown)}")
+            self.evaluation_shown = True
         say(" | ".join(line))
 
     def finish(self, envs: gym.vector.VectorEnv, evaluate: Callable[[], dict[str, Any]]) -> None:
@@ -1380,9 +1488,11 @@ class Run:
             dist.destroy_process_group()
         if RANK > 0:
             return
-        self.writer.close()
+        with optional("TensorBoard"):
+            self.writer.close()
         if self.stopping:
-            say(f"Stopped by a signal. To go on: python {sys.argv[0]} --resume {self.dir}")
+            command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
+            say(f"Stopped by a signal. To go on: {command}")
             raise SystemExit(130 if signal.SIGINT in self.signals else 0)
         result = {
             "env_id": self.args.env_id,
@@ -1407,12 +1517,14 @@ class Run:
         """A row for TensorBoard and, its names without their group, for a CSV file."""
         if RANK > 0:
             return
-        for key, value in row.items():
-            if not math.isnan(value):
-                self.writer.add_scalar(key, value, self.global_step)
+        with optional("TensorBoard"):
+            for key, value in row.items():
+                if not math.isnan(value):
+                    self.writer.add_scalar(key, value, self.global_step)
         columns = {"global_step": self.global_step, "wall_seconds": time.time() - self.began}
         columns |= {key.split("/")[1]: value for key, value in row.items()}
-        append_row(self.dir / file, columns)
+        with optional(f"writing to {file}"):
+            append_row(self.dir / file, columns)
 
     def log_iteration(self, row: dict[str, float]) -> None:
         """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
@@ -1433,13 +1545,15 @@ class Run:
 
     def log_evaluation(self, evaluation: dict[str, Any]) -> None:
         self.evaluation = evaluation
+        self.evaluation_shown = False
         scalars = {name: x for name, x in evaluation.items() if name != "episodes"}
         self.log("evaluations.csv", {f"eval/{k}": x for k, x in (self.totals | scalars).items()})
 
-    def log_pictures(self, pictures: dict[str, np.ndarray]) -> None:
+    def log_pictures(self, draw: Callable[[], dict[str, np.ndarray]]) -> None:
         """For TensorBoard: (H, W, 3) uint8 by name."""
-        for name, picture in pictures.items():
-            self.writer.add_image(name, picture, self.global_step, dataformats="HWC")
+        with optional("drawing levels"):
+            for name, picture in draw().items():
+                self.writer.add_image(name, picture, self.global_step, dataformats="HWC")
 
     def require_finite(self, what: str, x: Any) -> None:
         """Ends the run, with what led there in a file; the last checkpoint is from before."""
@@ -1575,7 +1689,7 @@ class Profile:
             return
         total = self.seconds.total()
         shares = [f"{k} {x:.4g} s ({x / total:.1%})" for k, x in self.seconds.most_common()]
-        print(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", flush=True)
+        say(f"profile to iteration {iteration - 1}, rank {RANK}: {', '.join(shares)}", True)
         self.profiler.start()
         self.tracing = True
 
@@ -1651,7 +1765,7 @@ def write_file(path: Path, content: Any) -> None:
         content = buffer.getvalue()
     elif not isinstance(content, bytes):
         content = json.dumps(content, indent=2).encode()
-    temporary = path.with_suffix(".tmp")
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     with open(temporary, "wb") as file:
         file.write(content)
         file.flush()
@@ -1669,52 +1783,99 @@ def append_row(path: Path, columns: dict[str, Any]) -> None:
 
 
 def cut_rows(path: Path, global_step: int) -> None:
-    """Leaves a CSV file's rows up to global_step. Those after it, and one that was cut short, will
-    be written again."""
+    """Leaves a CSV file's rows up to global_step. Those after it, and what is not a row, cut short
+    by a full disk or a kill, will be written again; a file without its header is set aside."""
     if not path.exists():
         return
     header, *lines = path.read_bytes().splitlines(keepends=True) or [b""]
-    whole = [line for line in lines if line.endswith(b"\n")]
-    kept = [line for line in whole if int(line.split(b",")[0]) <= global_step]
-    write_file(path, header + b"".join(kept) if kept else b"")
+    if not header.startswith(b"global_step,") or not header.endswith(b"\n"):
+        os.replace(path, path.with_name(f"{path.name}.damaged"))
+        return
+    kept = []
+    for line in lines:
+        step = line.split(b",")[0]
+        whole = line.endswith(b"\n") and line.count(b",") == header.count(b",")
+        if whole and step.isdigit() and int(step) <= global_step:
+            kept.append(line)
+    write_file(path, header + b"".join(kept))
 
 
 def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    frames[0].save(path, save_all=True, append_images=frames[1:], duration=milliseconds, loop=0)
+    with optional(f"the video {path}"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        more = frames[1:]
+        frames[0].save(path, save_all=True, append_images=more, duration=milliseconds, loop=0)
 
 
-def make_run_dir(args: Args) -> Path:
-    default = f"runs/{args.env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
-    directory = Path(args.resume or args.run_dir or default)
-    if RANK == 0 and not args.resume and (directory / "progress.csv").exists():
-        other = f"choose another directory, or --resume {directory}"
-        refuse(f"--run-dir {directory} already holds a run: {other}.")
+def claim_run_dir(args: Args) -> Path:
+    """The run's directory, which no other process can have while this one lives."""
+    directory = Path(args.resume or args.run_dir or default_run_dir(args))
+    if RANK > 0:
+        return directory
+    flag = f"--{'resume' if args.resume else 'run-dir'} {shlex.quote(str(directory))}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        if RANK == 0:
-            write_file(directory / "args.json", asdict(args))
+        lock = open(directory / "lock", "a")
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, at a kill too
+        LOCKS.append(lock)
+        if not args.resume and (directory / "progress.csv").exists():
+            other = f"choose another directory, or --resume {shlex.quote(str(directory))}"
+            refuse(f"{flag} already holds a run: {other}.")
+        for leftover in directory.glob("*.tmp"):  # of a process that was killed
+            leftover.unlink()
+        write_file(directory / "args.json", asdict(args))
+    except BlockingIOError:
+        refuse(f"{flag} is in use: another process trains there. Choose another directory.")
     except OSError as error:
-        refuse(f"--run-dir {directory} cannot be written: {error.strerror}.")
+        refuse(f"{flag} cannot be written: {error.strerror}.")
     return directory
+
+
+def default_run_dir(args: Args) -> Path:
+    """One that was not there before: made here, since another run may start in the same second."""
+    env_id = args.env_id.replace("/", "_")
+    name = f"{env_id}__{args.exp_name}__{args.seed}__{int(time.time())}"
+    for suffix in ("", *[f"_{i}" for i in range(2, 1000)]):
+        directory = Path("runs", name + suffix)
+        try:
+            if RANK == 0:
+                directory.mkdir(parents=True)
+            return directory
+        except FileExistsError:
+            continue
+        except OSError as error:
+            refuse(f"--run-dir {directory} cannot be written: {error.strerror}.")
+    raise AssertionError("a thousand runs in a second")
 
 
 def start_writer(args: Args, directory: Path, checkpoint: dict[str, Any] | None) -> SummaryWriter:
     if args.track:
-        import wandb
-
-        wandb.init(
-            sync_tensorboard=True,
-            config=asdict(args),
-            name=directory.name,
-            dir=directory,
-            save_code=True,
-        )
-    purge_step = checkpoint["global_step"] + 1 if checkpoint else None
+        with optional("Weights and Biases"):
+            start_tracking(args, directory)
+    # what an earlier process of this run wrote after its last checkpoint does not count
+    purge_step = checkpoint["global_step"] + 1 if checkpoint else 0
     writer = SummaryWriter(directory, purge_step=purge_step)
     table = "\n".join(f"|{key}|{value}|" for key, value in asdict(args).items())
     writer.add_text("hyperparameters", f"|param|value|\n|-|-|\n{table}")
     return writer
+
+
+def start_tracking(args: Args, directory: Path) -> None:
+    """One run of Weights and Biases, which a resume goes on with."""
+    import wandb
+
+    path = directory / "wandb_id.txt"
+    if not path.exists():
+        write_file(path, os.urandom(8).hex().encode())
+    wandb.init(
+        id=path.read_text(),
+        resume="allow",
+        sync_tensorboard=True,
+        config=asdict(args),
+        name=directory.name,
+        dir=directory,
+        save_code=True,
+    )
 
 
 def choose_device(args: Args) -> torch.device:
@@ -1792,7 +1953,9 @@ def join_processes(backend: str) -> None:
     # torchrun reuses the store after a restart: a prefix keeps the last group's addresses out
     store, *_ = next(dist.rendezvous("env://"))
     store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
-    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD)
+    # process 0 evaluates while the others wait; torchrun itself notices a process that has died
+    timeout = datetime.timedelta(days=7)
+    dist.init_process_group(backend, store=store, rank=RANK, world_size=WORLD, timeout=timeout)
 
 
 def gather(x: Tensor) -> Tensor:
@@ -1845,16 +2008,33 @@ def all_reduce_gradients(agent: nn.Module) -> None:
 # command line
 
 
-def say(line: str) -> None:
-    if RANK == 0:
+def say(line: str, every_process: bool = False) -> None:
+    """A line on the screen. Nothing that is wrong with the screen ends a training."""
+    if RANK > 0 and not every_process:
+        return
+    try:
         print(line, flush=True)
+    except UnicodeError:
+        print(ascii(line), flush=True)
+    except (OSError, ValueError):  # a closed pipe, a full disk
+        sys.stdout = open(os.devnull, "w")
+
+
+@contextlib.contextmanager
+def optional(what: str) -> Iterator[None]:
+    """Of what a training can do without: if it fails, a line says so, and the run goes on."""
+    try:
+        yield
+    except Exception as error:
+        say(f"{what} failed, the run goes on: {type(error).__name__}: {error}")
 
 
 def refuse(reason: str, status: int = 2) -> None:
     """Ends the program with one sentence."""
     if RANK > 0 and status == 2:
         time.sleep(30)  # process 0 says it, and torchrun ends the others
-    print(f"error: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        print(f"error: {reason}", file=sys.stderr, flush=True)
     raise SystemExit(status)
 
 
@@ -1864,6 +2044,15 @@ def require(args: Args, names: list[str], allowed: Callable[[Any], bool], what: 
         value = getattr(args, name)
         if value is not None and not allowed(value):
             refuse(f"--{name.replace('_', '-')} {value} must be {what}.")
+
+
+def require_default(args: Args, names: list[str], only_with: str) -> None:
+    """Refuses the flags among `names` that were given, though they would do nothing."""
+    defaults = {f.name: f.default for f in fields(Args)}
+    for name in names:
+        value = getattr(args, name)
+        if value != defaults[name]:
+            refuse(f"--{name.replace('_', '-')} {value} does nothing without {only_with}.")
 
 
 def check_common_args(args: Args) -> None:
@@ -1882,9 +2071,34 @@ def check_common_args(args: Args) -> None:
     require(args, ["num_envs"], lambda x: x % WORLD == 0, processes)
 
 
+def read_flags(default: Args | None = None) -> Args:
+    """The command line, in the spellings of sweep tools too: --anneal-lr=True, 25e6."""
+    kinds = {f"--{f.name.replace('_', '-')}": f.type for f in fields(Args) if f.init}
+    flags = []
+    for word in sys.argv[1:]:
+        flag, equals, value = word.partition("=")
+        flag = flag.replace("_", "-")
+        if kinds.get(flag) is bool and value.lower() in ("true", "false"):
+            word = flag if value.lower() == "true" else f"--no-{flag[2:]}"
+        elif kinds.get(flag) is int and equals:
+            word = f"{flag}={whole_number(value)}"
+        elif flags and kinds.get(flags[-1].replace("_", "-")) is int:
+            word = whole_number(word)
+        flags.append(word)
+    return tyro.cli(Args, args=flags, default=default)
+
+
+def whole_number(text: str) -> str:
+    """25e6 -> 25000000; what is no such number stays as it is."""
+    if not re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()):
+        return text
+    number = float(text)
+    return str(int(number)) if number.is_integer() else text
+
+
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """The flags, and the checkpoint of the run in --resume or --evaluate."""
-    args = tyro.cli(Args)
+    args = read_flags()
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
     if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
@@ -1910,7 +2124,7 @@ def load_run(flag: str, directory: Path) -> tuple[Args, dict[str, Any]]:
     except Exception as error:  # whatever a damaged file makes of torch.load
         why = (str(error) or repr(error)).splitlines()[0]
         refuse(f"--{flag} {directory} is not a run that can be loaded: {why}")
-    args = tyro.cli(Args, default=defaults)
+    args = read_flags(defaults)
     args = replace(args, **{flag: str(directory)})  # and derives the sizes anew
     if flag == "resume":
         check_resumed_args(args, saved, checkpoint)
@@ -1922,20 +2136,28 @@ def check_resumed_args(args: Args, saved: dict[str, Any], checkpoint: dict[str, 
         if name not in FREE_ON_RESUME and getattr(args, name) != value:
             flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
             refuse(f"{flag} must be {value}, as in the run to resume.")
+    total = f"--total-timesteps {args.total_timesteps}"
+    if args.total_timesteps < saved["total_timesteps"]:
+        refuse(f"{total} must be at least {saved['total_timesteps']}, as in the run to resume.")
+    if args.anneal_lr and args.total_timesteps != saved["total_timesteps"]:
+        refuse(f"{total} must be {saved['total_timesteps']}: --anneal-lr has reached 0 by then.")
     # a run that was killed after its last checkpoint has only its result left to write
     finished = Path(args.resume, "result.json").exists()
     if args.num_iterations < checkpoint["iteration"] + finished:
-        more = f"must be raised: {args.resume} is finished"
-        refuse(f"--total-timesteps {args.total_timesteps} {more}.")
+        refuse(f"{total} must be raised: {args.resume} is finished.")
 
 
 def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     """--evaluate RUN: prints and writes an evaluation of a saved run."""
-    path = Path(args.evaluate, f"evaluation_{int(time.time())}.json")
+    path = Path(args.evaluate, f"evaluation_{time.time_ns() // 10**6}.json")
     video = path.parent / "videos" / path.stem if args.capture_video else None
     device = choose_device(args)
     agent = Agent(make_envs(args, 1, device), args.precision).to(device)
-    agent.load_state_dict(checkpoint["agent"])
+    try:
+        agent.load_state_dict(checkpoint["agent"])
+    except RuntimeError:
+        other = f"another network than the run in --evaluate {args.evaluate}"
+        refuse(f"--env-id {args.env_id} has {other}: its observations or actions differ.")
     result = evaluate(agent, args, device, video)
     of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}
     write_file(path, result | checkpoint["totals"] | of_run)
@@ -1953,7 +2175,7 @@ def main() -> None:
         return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    directory = make_run_dir(args)
+    directory = claim_run_dir(args)
     # TensorBoard's: the next add_scalar raises again what its writing thread met
     threading.excepthook = lambda _: None
     try:
@@ -1962,7 +2184,8 @@ def main() -> None:
         with contextlib.suppress(OSError):
             (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
         what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        details = f"{directory}/error_{RANK}.txt has details; to go on: --resume {directory}"
+        details = f"{directory}/error_{RANK}.txt has details"
+        details += f"; to go on: --resume {shlex.quote(str(directory))}"
         refuse(f"{what}. {details}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
         sys.stdout.flush()
