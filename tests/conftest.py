@@ -9,6 +9,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # before PyTorch is imported: eac
 
 def pytest_addoption(parser):
     parser.addoption("--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game")
+    devices = ("cpu", "cuda", "cpu-check")
+    what = "test_gpu.py: cuda, or cpu-check for its checks without a GPU; cpu skips them"
+    parser.addoption("--device", choices=devices, default="cpu", help=what)
 
 
 @pytest.fixture(scope="session")
