@@ -213,6 +213,7 @@ def train_here(script_name: str, flags: list[str]) -> None:
     handlers = {number: signal.getsignal(number) for number in numbers}
     said = io.StringIO()
     gc.collect()  # graphs and storage of the last run
+    torch.use_deterministic_algorithms(False)  # what one that failed may have left
     try:
         with contextlib.ExitStack() as stack:
             for patch in patches:
@@ -240,7 +241,12 @@ def measure_here(setting: Setting) -> dict[str, Any]:
     began = time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         run_dir = Path(folder) / "run"
-        train_here(setting.script, argv(setting, run_dir))
+        try:
+            train_here(setting.script, argv(setting, run_dir))
+        except RuntimeError:
+            for path in run_dir.glob("error_*.txt"):
+                print(path.read_text(), file=sys.stderr, flush=True)
+            raise
         rows = read_csv(run_dir / "progress.csv")[UNMEASURED:]
     kinds = by_kind(rows)
     return {
@@ -269,8 +275,8 @@ def share(setting: Setting, count: int, seconds: float, limit: float) -> list[fl
             flags += ["--env-threads", str(cores)]
         command = [sys.executable, "-c", code, setting.script, *flags]
         with open(folder / f"{file.parent.name}.log", "wb") as log:
-            # a session each, so that what compiles for it ends with it
-            pipes = {"stdout": log, "stderr": subprocess.STDOUT, "start_new_session": True}
+            # a group each, so that what compiles for it ends with it
+            pipes = {"stdout": log, "stderr": subprocess.STDOUT, "process_group": 0}
             processes.append(subprocess.Popen(command, env=env, **pipes))
     try:
         deadline = time.perf_counter() + limit
