@@ -867,6 +867,7 @@ FREE_ON_RESUME = (
     "capture_video",
     "track",
     "profile",
+    "cuda",
     "cuda_graphs",
     "env_threads",
     "resume",
@@ -1421,8 +1422,10 @@ def deterministic_gradients(args: Args) -> Iterator[None]:
     other operations slower."""
     wanted = args.compile and args.torch_deterministic
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:
