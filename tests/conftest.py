@@ -11,10 +11,12 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_addoption(parser):
-<<<<<<< HEAD
     parser.addoption(
         "--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game"
     )
+    devices = ("cpu", "cuda", "cpu-check")
+    what = "test_gpu.py: cuda, or cpu-check for its checks without a GPU; cpu skips them"
+    parser.addoption("--device", choices=devices, default="cpu", help=what)
 
 
 @pytest.fixture(params=["ppo_plr_procgen", "ppo_robust_plr_minigrid"])
@@ -32,12 +34,6 @@ def brief(monkeypatch):
 
     for script in SCRIPTS:
         shorten_evaluation(script, monkeypatch.setattr)
-=======
-    parser.addoption("--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game")
-    devices = ("cpu", "cuda", "cpu-check")
-    what = "test_gpu.py: cuda, or cpu-check for its checks without a GPU; cpu skips them"
-    parser.addoption("--device", choices=devices, default="cpu", help=what)
->>>>>>> gpu
 
 
 @pytest.fixture(scope="session")
