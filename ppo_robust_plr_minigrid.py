@@ -1345,7 +1345,6 @@ def check_environment(env_id: str, max_steps: int | None) -> int:
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
-LOCKS = []  # open files: a lock is held as long as its file is open
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -1808,17 +1807,18 @@ def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
         frames[0].save(path, save_all=True, append_images=more, duration=milliseconds, loop=0)
 
 
-def claim_run_dir(args: Args) -> Path:
-    """The run's directory, which no other process can have while this one lives."""
+@contextlib.contextmanager
+def claimed_run_dir(args: Args) -> Iterator[Path]:
+    """The run's directory, which no other process can have meanwhile."""
     directory = Path(args.resume or args.run_dir or default_run_dir(args))
     if RANK > 0:
-        return directory
+        yield directory
+        return
     flag = f"--{'resume' if args.resume else 'run-dir'} {shlex.quote(str(directory))}"
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / "lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, at a kill too
-        LOCKS.append(lock)
         if not args.resume and (directory / "progress.csv").exists():
             other = f"choose another directory, or --resume {shlex.quote(str(directory))}"
             refuse(f"{flag} already holds a run: {other}.")
@@ -1829,7 +1829,8 @@ def claim_run_dir(args: Args) -> Path:
         refuse(f"{flag} is in use: another process trains there. Choose another directory.")
     except OSError as error:
         refuse(f"{flag} cannot be written: {error.strerror}.")
-    return directory
+    with lock:
+        yield directory
 
 
 def default_run_dir(args: Args) -> Path:
@@ -2178,18 +2179,18 @@ def main() -> None:
         return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    directory = claim_run_dir(args)
     # TensorBoard's: the next add_scalar raises again what its writing thread met
     threading.excepthook = lambda _: None
-    try:
-        train(args, Run(args, directory, checkpoint))
-    except Exception as error:  # a full disk, a dead environment, a loss that is not finite
-        with contextlib.suppress(OSError):
-            (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
-        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        details = f"{directory}/error_{RANK}.txt has details"
-        details += f"; to go on: --resume {shlex.quote(str(directory))}"
-        refuse(f"{what}. {details}", status=1)
+    with claimed_run_dir(args) as directory:
+        try:
+            train(args, Run(args, directory, checkpoint))
+        except Exception as error:  # a full disk, a dead environment, a loss that is not finite
+            with contextlib.suppress(OSError):
+                (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
+            what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
+            details = f"{directory}/error_{RANK}.txt has details"
+            resume = f"to go on: --resume {shlex.quote(str(directory))}"
+            refuse(f"{what}. {details}; {resume}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
         sys.stdout.flush()
         os._exit(0)
