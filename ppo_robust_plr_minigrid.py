@@ -1814,14 +1814,20 @@ def claimed_run_dir(args: Args) -> Iterator[Path]:
     if RANK > 0:
         yield directory
         return
-    flag = f"--{'resume' if args.resume else 'run-dir'} {shlex.quote(str(directory))}"
+    quoted = shlex.quote(str(directory))
+    flag = f"--{'resume' if args.resume else 'run-dir'} {quoted}"
+
+    def refuse_another_run() -> None:
+        if not args.resume and (directory / "progress.csv").exists():
+            other = f"choose another directory, or --resume {quoted}"
+            refuse(f"{flag} already holds a run: {other}.")
+
+    refuse_another_run()
     try:
         directory.mkdir(parents=True, exist_ok=True)
         lock = open(directory / "lock", "a")
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, at a kill too
-        if not args.resume and (directory / "progress.csv").exists():
-            other = f"choose another directory, or --resume {shlex.quote(str(directory))}"
-            refuse(f"{flag} already holds a run: {other}.")
+        refuse_another_run()  # that ended before the lock was ours
         for leftover in directory.glob("*.tmp"):  # of a process that was killed
             leftover.unlink()
         write_file(directory / "args.json", asdict(args))
