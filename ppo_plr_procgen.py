@@ -583,6 +583,7 @@ def log_row(
 
 MAKERS_LEVEL = 0x01234567  # any, whose bytes are found in a saved state
 LAST_LEVEL = 2**31 - 1
+LIBRARIES: list[Any] = []
 PROCGEN_OPTIONS = ("use_backgrounds", "restrict_themes", "center_agent")
 
 
@@ -620,6 +621,8 @@ class ProcgenLevels(gym.vector.VectorEnv):
             **options,
         )
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
+        LIBRARIES.append(self.procgen._c_lib)  # never unloaded: its threads may not have ended
+        del LIBRARIES[1:]
         # observe() then returns the library's own arrays, which the next step overwrites
         self.procgen._reuse_arrays = True
         self.page_locked = page_lock
@@ -630,7 +633,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
         # Level starts are made by one game for all: each one that is closed leaks 11 KB.
         self.maker = make(num=1, start_level=MAKERS_LEVEL, num_threads=0)
         self.makers_start = self.maker.get_state()[0]
-        self.level_start = functools.lru_cache(maxsize=4096)(self.make_level_start)
+        self.level_starts: dict[int, bytes] = {}  # of 4096 levels at most
         self.num_envs = num_envs
         self.env_id = env_id
         self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -653,6 +656,13 @@ class ProcgenLevels(gym.vector.VectorEnv):
             state = self.level_start(int(levels[i]))
             self.procgen.call_c_func("set_state", i, state, len(state))
         return self.procgen.observe()[1]["rgb"], {}
+
+    def level_start(self, level: int) -> bytes:
+        if level not in self.level_starts:
+            if len(self.level_starts) == 4096:
+                self.level_starts.clear()
+            self.level_starts[level] = self.make_level_start(level)
+        return self.level_starts[level]
 
     def make_level_start(self, level: int) -> bytes:
         """The saved state of a game that begins the level, 21-38 KB.

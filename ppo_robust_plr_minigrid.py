@@ -518,7 +518,7 @@ def train(args: Args, run: "Run") -> None:
         learns = replay or args.curriculum != "robust_plr"  # else there is nothing to compute
         for epoch in range(args.update_epochs if learns else 0):
             for mb_envs in deal_environments(N, args.num_minibatches):
-                length = packed_length(dones[:, mb_envs], 32 if run.graphs else 1)
+                length = packed_length(dones[:, mb_envs], 1 if device.type == "cpu" else 32)
                 approx_kl = learn(mb_envs.to(device), length=length)
                 updates += 1
             if args.target_kl is not None and gather(approx_kl[None]).sum() > args.target_kl:
