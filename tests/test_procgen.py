@@ -138,10 +138,11 @@ def test_procgens_own_reset_leaks_state_in_dodgeball():
 def test_the_gymnasium_interface_of_procgen_levels():
     envs = script.ProcgenLevels(3, "bigfish", "easy", 1)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED
-    by_list, _ = envs.reset(seed=[10, 11, 12])
+    by_list = envs.reset(seed=[10, 11, 12])[0].copy()  # the next reset or step overwrites it
     by_int, _ = envs.reset(seed=10)
     assert by_int in envs.observation_space and np.array_equal(by_list, by_int)
-    before = envs.step(np.zeros(3, np.int64))[0]
+    before = envs.step(np.zeros(3, np.int64))[0].copy()
+    assert not np.array_equal(before, by_list)
     after, _ = envs.reset(seed=[5, 5, 5], options={"reset_mask": np.array([True, False, True])})
     assert np.array_equal(after[1], before[1]) and np.array_equal(after[0], after[2])
     assert not np.array_equal(after[0], before[0])
@@ -199,6 +200,9 @@ class ImageCorridor(Corridor):
 
 
 class Table(TableAgent):
+    def acting_copy(self):
+        return copy.deepcopy(self).requires_grad_(False)
+
     def get_value(self, x):
         return self.look_up(x)[1]
 
@@ -234,7 +238,7 @@ def scaled_rewards(levels: np.ndarray, dones: np.ndarray, gamma: float) -> np.nd
 def test_each_score_by_hand(score, monkeypatch, tmp_path):
     rollouts = watch_sampler(script, monkeypatch)
     monkeypatch.setattr(script, "Agent", Table)
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: ImageCorridor(num_envs))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: ImageCorridor(num_envs))
     flags = "--num-envs 3 --num-steps 14 --total-timesteps 42 --num-minibatches 2 --gamma 0.9"
     flags += " --gae-lambda 0.8"
     flags += f" --num-levels 6 --eval-episodes 3 --reward-norm-gamma 0.95 --score {score}"
@@ -275,7 +279,7 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
 
     monkeypatch.setattr(script, "Agent", Watched)
     rollouts = watch_sampler(script, monkeypatch)
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: ImageCorridor(num_envs))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: ImageCorridor(num_envs))
     monkeypatch.setattr(torch, "randperm", recorded)
     flags = "--num-envs 2 --num-steps 12 --total-timesteps 24 --num-minibatches 2"
     flags += " --update-epochs 2 --gamma 0.9"
@@ -314,7 +318,7 @@ def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_str
 ):
     made = []
 
-    def make(args, num_envs):
+    def make(args, num_envs, device):
         made.append(ImageCorridor(num_envs))
         return made[-1]
 
@@ -360,7 +364,7 @@ class Bandit(Corridor):
 
 
 def test_it_learns_on_another_environment(monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: Bandit(num_envs))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: Bandit(num_envs))
     flags = "--num-envs 8 --num-steps 32 --total-timesteps 2560 --num-minibatches 2"
     flags += " --num-levels 6 --eval-episodes 4"
     main(monkeypatch, f"{flags} --learning-rate 0.001 --run-dir {tmp_path}/run")
