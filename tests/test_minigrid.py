@@ -850,6 +850,63 @@ def test_actions_are_drawn_with_the_policys_probabilities(agent, logits):
     torch.testing.assert_close(value[:500], value_again)
 
 
+# ---- minibatches and episodes --------------------------------------------------------------------
+
+
+def test_every_environment_is_dealt_once_and_each_process_equally_many():
+    torch.manual_seed(0)
+    dealt = torch.stack([script.deal_environments(12, 3) for _ in range(2000)])
+    assert dealt.shape == (2000, 3, 4)
+    assert (dealt.flatten(1).sort().values == torch.arange(12)).all()
+    # of every three environments in a row each minibatch gets one, and any of them
+    assert (dealt // 3 == torch.arange(4)).all()
+    for k in range(3):
+        share = (dealt % 3 == k).float().mean(0)  # (minibatch, group)
+        assert (share - 1 / 3).abs().max() < 5 * np.sqrt(2 / 9 / 2000)
+    one = script.deal_environments(4, 1)
+    assert one.tolist() == [[0, 1, 2, 3]]
+
+
+def test_the_parts_of_a_minibatch_are_all_of_it(monkeypatch):
+    mb_envs = torch.tensor([5, 0, 3, 7])
+    mine, where = script.part_of_minibatch(mb_envs, 8)
+    assert mb_envs[mine].tolist() == where.tolist() == mb_envs.tolist()
+    monkeypatch.setattr(script, "WORLD", 2)
+    seen = []
+    for rank in range(2):
+        monkeypatch.setattr(script, "RANK", rank)
+        mine, where = script.part_of_minibatch(mb_envs, 4)
+        assert mb_envs[mine].tolist() == (where + 4 * rank).tolist()
+        assert where.min() >= 0 and where.max() < 4
+        seen += mb_envs[mine].tolist()
+    assert sorted(seen) == [0, 3, 5, 7]
+
+
+def test_finished_episodes_by_hand():
+    rewards = np.array([[0, 0.5, 1], [0.25, 0, 2], [0, 0.125, 3], [1, 1, 4]], np.float32)
+    ended = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]], bool)
+    finished = script.finished_episodes(rewards, ended)
+    # in order of time and environment; what the rollout cuts off is none
+    assert finished["return"].tolist() == [0.5, 0.25, 0.125, 1]
+    assert finished["length"].tolist() == [1, 2, 2, 1]
+
+
+@pytest.mark.parametrize("replay", [False, True])
+def test_what_is_said_of_mazes_is_of_the_first_256_episodes(replay):
+    args = script.Args(num_walls=60)
+    levels = np.append(np.arange(256) % 100, np.arange(5000, 5300))
+    counted = levels[:256] if replay else np.arange(100)  # new ones count once
+    mazes = script.random_mazes(counted, 15, 60)
+    paths = script.shortest_paths(mazes)
+    metrics = script.level_metrics(args, script.make_sampler(args), levels, replay)
+    kind, other = ("replayed", "new") if replay else ("new", "replayed")
+    assert metrics[f"curriculum/walls_{kind}"] == pytest.approx(mazes.walls.sum((1, 2)).mean())
+    assert metrics[f"curriculum/solvable_{kind}"] == pytest.approx((paths > 0).mean())
+    assert metrics[f"curriculum/shortest_path_{kind}"] == pytest.approx(paths[paths > 0].mean())
+    assert (paths < 0).any() and metrics["curriculum/replay"] == replay
+    assert all(np.isnan(metrics[f"curriculum/{x}_{other}"]) for x in ("walls", "solvable"))
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
