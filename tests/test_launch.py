@@ -201,6 +201,7 @@ def test_a_failed_command_is_quoted():
 # ---- on this machine -----------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_to_the_end(
     out, held, finished_run
 ):
@@ -286,6 +287,7 @@ for file in $(ls {queue}); do echo "$file $(cat {queue}/$file)"; done
 }
 
 
+@pytest.mark.slow
 def test_on_slurm_a_preempted_job_requeues_itself_and_a_cancelled_one_does_not(
     out, held, finished_run, tmp_path
 ):
@@ -300,7 +302,10 @@ def test_on_slurm_a_preempted_job_requeues_itself_and_a_cancelled_one_does_not(
     flags = "--executor slurm --seeds 1 2 --at-most 2 --sbatch partition=gpu time=9".split()
     env = {"PATH": f"{tools}:{os.environ['PATH']}"}
     assert states(finish(start(out, *flags, command=command, **env))) == ["running", "running"]
-    assert states(finish(start(out, *flags, command=command, **env))) == ["running", "running"]  # not twice
+    assert states(finish(start(out, *flags, command=command, **env))) == [
+        "running",
+        "running",
+    ]  # not twice
     batch = (out / "batch.sh").read_text()
     for option in ("array=0-1%2", "signal=USR1@300", "partition=gpu", "time=9", "requeue"):
         assert batch.count(f"#SBATCH --{option}\n") == 1

@@ -112,7 +112,9 @@ def assert_same_as_package(
     return goals
 
 
-@pytest.mark.parametrize("vary, num_walls", [(False, 25), (True, 60)])
+@pytest.mark.parametrize(
+    "vary, num_walls", [pytest.param(False, 25, marks=pytest.mark.slow), (True, 60)]
+)
 def test_random_mazes_equal_the_package(vary, num_walls):
     mazes = script.random_mazes(np.arange(100), 15, num_walls, vary)
     envs = script.MazeEnvs(100, CPU, 15, 250)
@@ -678,7 +680,9 @@ def test_the_curriculum_equals_a_simulation(corridor, monkeypatch, tmp_path):
         assert_ledger_balances(row)
 
 
-@pytest.mark.parametrize("curriculum", ["robust_plr", "plr", "dr"])
+@pytest.mark.parametrize(
+    "curriculum", ["robust_plr", *(pytest.param(x, marks=pytest.mark.slow) for x in ("plr", "dr"))]
+)
 def test_what_is_learned_from(curriculum, no_evaluation, monkeypatch, tmp_path):
     """Robust PLR leaves everything that learns bit-equal on new levels, and runs the network for
     acting only."""
@@ -1025,7 +1029,10 @@ def test_flags_of_the_optimisation(no_evaluation, monkeypatch, tmp_path):
     assert abs(logged["--precision bf16"][0]["entropy"] - logged[""][0]["entropy"]) < 0.01
 
 
-@pytest.mark.parametrize("env_id", ["MiniGrid-MultiRoom-N2-S4-v0", "MiniGrid-LavaGapS5-v0"])
+@pytest.mark.parametrize(
+    "env_id",
+    [pytest.param("MiniGrid-MultiRoom-N2-S4-v0", marks=pytest.mark.slow), "MiniGrid-LavaGapS5-v0"],
+)
 def test_a_registered_environment_trains_and_is_evaluated_on_unseen_levels(
     env_id, monkeypatch, tmp_path
 ):
@@ -1045,6 +1052,7 @@ def test_a_registered_environment_trains_and_is_evaluated_on_unseen_levels(
     assert list((tmp_path / "run/videos").glob("*/*.gif"))
 
 
+@pytest.mark.slow
 def test_it_learns(no_evaluation, monkeypatch, tmp_path):
     """Small open mazes: the goal is found by chance at first, and soon on purpose."""
     flags = (
