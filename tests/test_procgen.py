@@ -261,7 +261,6 @@ def test_episode_statistics_equal_a_wrapper_step_by_step():
     statistics = script.EpisodeStatistics(N, gamma)
     rms = gym.wrappers.utils.RunningMeanStd()
     discounted, raw, scaled_sum, length = (np.zeros(N) for _ in range(4))
-    clipped = 0
     for _ in range(2):
         rewards = rng.normal(size=(T, N)).astype(np.float32) * rng.choice([1, 9], (T, N))
         rewards[0, 0] *= 1000 * (rewards[0, 0] > 0)
