@@ -281,6 +281,8 @@ class Corridor(gym.vector.VectorEnv):
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Any, dict]:
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        if isinstance(seed, int):  # as Gymnasium has it
+            seed = list(range(seed, seed + self.num_envs))
         # a registered Gymnasium environment takes nothing else
         assert all(type(level) is int for level in seed)
         self.started += np.array(seed)[mask].tolist()
@@ -301,6 +303,7 @@ class TableAgent(torch.nn.Module):
     def __init__(self, envs: Any = None, precision: str = "fp32"):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.num_actions = LOGITS.shape[-1]
 
     def look_up(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [...] -> log-probabilities [..., actions] and values [...]."""

@@ -33,11 +33,13 @@ WHAT = "observation", "reward", "termination", "truncation"
 def make(env_id, num_envs, workers=False):
     """A vector environment without autoreset, in which the seed of a reset is the level."""
     if env_id.islower() and env_id.isalpha():  # Procgen's names; Gymnasium's have a version
+        import torch
+
         import ppo_plr_procgen
 
         args = ppo_plr_procgen.Args(env_id=env_id)
         ppo_plr_procgen.check_args(args)
-        return ppo_plr_procgen.make_envs(args, num_envs)
+        return ppo_plr_procgen.make_envs(args, num_envs, torch.device("cpu"))
     if env_id.startswith("MiniGrid-"):
         import minigrid  # noqa: F401  registers them
     options = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
@@ -237,7 +239,10 @@ UNFIT = {  # environment: where and what first differs
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "Leaky" else pytest.param(name, marks=pytest.mark.slow) for name in UNFIT],
+)
 def test_what_is_unfit_is_found(name, no_env_id):
     where, sentence = UNFIT[name]
     found = problems(f"unfit_levels:{name}-v0")
