@@ -47,6 +47,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import ppo_plr_procgen
 import ppo_robust_plr_minigrid
 
+SLOW = {"marks": pytest.mark.slow}
+# the machinery is the same text in both scripts: one of them will do for a quick look
+EITHER = [ppo_robust_plr_minigrid, pytest.param(ppo_plr_procgen, **SLOW)]
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
 LOGS = ("progress.csv", "evaluations.csv")
@@ -87,7 +90,8 @@ def start(script, monkeypatch, words: list[str]) -> None:
 # ---- interrupted again and again -----------------------------------------------------------------
 
 
-@pytest.mark.parametrize("seed", [0, pytest.param(1, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("seed", [0, pytest.param(1, **SLOW)])
 def test_interrupted_again_and_again_a_run_resumes_to_the_same_end(
     seed, script, brief_run, monkeypatch, tmp_path
 ):
@@ -143,6 +147,7 @@ LOST = {  # which of the rows up to the checkpoint cannot be had again
 }
 
 
+@pytest.mark.parametrize("script", EITHER)
 @pytest.mark.parametrize("kind", LOST)
 def test_a_log_that_is_cut_anywhere_gets_its_rows_again(
     kind, script, brief_run, monkeypatch, tmp_path
@@ -206,6 +211,7 @@ s.LevelSampler.update = patient
 """
 
 
+@pytest.mark.parametrize("script", EITHER)
 @pytest.mark.parametrize("kind", ["started", "resumed"])
 def test_of_two_processes_with_one_directory_one_is_refused(kind, script, brief_run, tmp_path):
     run_dir = tmp_path / "run"
@@ -224,6 +230,7 @@ def test_of_two_processes_with_one_directory_one_is_refused(kind, script, brief_
     assert not list(run_dir.glob("*.tmp"))
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_two_runs_that_start_in_one_second_have_a_directory_each(script, brief_run, tmp_path):
     clock = f"""
 import time
@@ -249,6 +256,7 @@ time.time = lambda: 1.7e9 + time.perf_counter() / 1e5
     assert len(run_dirs) == 2 and rates == {0.001, 0.002}
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_temporary_files_of_a_killed_process_go_and_those_of_others_stay(
     script, monkeypatch, tmp_path
 ):
@@ -261,6 +269,7 @@ def test_temporary_files_of_a_killed_process_go_and_those_of_others_stay(
     assert not mine.exists() and others.read_bytes() == b"a chapter"
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_a_file_system_without_locks_is_no_obstacle(script, monkeypatch, tmp_path):
     def no_locks(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -270,6 +279,7 @@ def test_a_file_system_without_locks_is_no_obstacle(script, monkeypatch, tmp_pat
     assert (tmp_path / "run/result.json").exists()
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_a_directory_is_free_once_its_run_has_ended(script, monkeypatch, tmp_path):
     """In one process, as in a notebook: after a signal, and after an error."""
     run_dir = tmp_path / "run"
@@ -301,6 +311,7 @@ SCREENS = {
 }
 
 
+@pytest.mark.parametrize("script", EITHER)
 @pytest.mark.parametrize("kind", SCREENS)
 def test_nothing_that_is_wrong_with_the_screen_ends_a_run(kind, script, brief_run, tmp_path):
     run_dir = tmp_path / "läuft_走"
@@ -311,6 +322,7 @@ def test_nothing_that_is_wrong_with_the_screen_ends_a_run(kind, script, brief_ru
     assert kind != "ASCII" or f"done: {run_dir}/result.json" in done.stdout
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_interrupted_together_with_its_pipe_a_run_saves(script, tmp_path):
     """Ctrl-C reaches `| tee` too, and first."""
     run_dir = tmp_path / "run"
@@ -347,6 +359,7 @@ def test_the_screen_as_a_user_has_it(behind, script, tmp_path):
     assert "Exception" not in done.stderr and "Error" not in done.stderr, done.stderr
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_a_printed_command_can_be_pasted(script, monkeypatch, tmp_path, capsys):
     run_dir = tmp_path / 'it\'s a "run"; of $HOME'
     words = [*TINY[script.__name__].split(), "--run-dir", str(run_dir)]
@@ -365,6 +378,7 @@ def test_a_printed_command_can_be_pasted(script, monkeypatch, tmp_path, capsys):
     assert (run_dir / "result.json").exists()
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_a_closed_terminal_ends_a_run_like_sigterm(script, brief_run, monkeypatch, tmp_path):
     run_dir = tmp_path / "run"
     prelude = f"""
@@ -383,6 +397,7 @@ s.LevelSampler.update = closed
     assert_same_run(run_dir, brief_run(script, EVALUATED))
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_under_nohup_a_closed_terminal_is_nothing(script, brief_run, monkeypatch, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     after_updates(script, monkeypatch, 1, functools.partial(signal.raise_signal, signal.SIGHUP))
@@ -398,13 +413,13 @@ def test_a_picture_that_fails_is_a_line_on_the_screen(
     what, script, brief_run, monkeypatch, tmp_path, capsys
 ):
     monkeypatch.setattr(what, functools.partial(fail, "no such picture"))
-    flags = f"{TINY[script.__name__]} {EVALUATED} --capture-video --run-dir {tmp_path}/run"
+    flags = f"{TINY[script.__name__]} --capture-video --run-dir {tmp_path}/run"
     main(script, monkeypatch, flags)
     lines = re.findall(
         "(.*) failed, the run goes on: OSError: no such picture", capsys.readouterr().out
     )
     assert lines and len(lines) == len(set(lines))
-    assert_same_run(tmp_path / "run", brief_run(script, EVALUATED))
+    assert_same_run(tmp_path / "run", brief_run(script))
 
 
 def add_module(monkeypatch, directory: Path, text: str) -> None:
@@ -413,6 +428,7 @@ def add_module(monkeypatch, directory: Path, text: str) -> None:
     monkeypatch.syspath_prepend(directory)
 
 
+@pytest.mark.parametrize("script", EITHER)
 @pytest.mark.parametrize(
     "text",
     ["def init(**options): raise ConnectionError('offline')", "raise ConnectionError('offline')"],
@@ -609,6 +625,7 @@ def test_a_fork_of_the_mazes_keeps_the_images_that_it_is_given(monkeypatch, tmp_
 # ---- flags that do what they say -----------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_another_length_of_an_annealed_or_a_longer_run_is_refused(
     script, brief_run, monkeypatch, tmp_path, capsys
 ):
@@ -763,6 +780,7 @@ def test_levels_beyond_all_numbers_are_refused(flag, monkeypatch, tmp_path, caps
 # ---- what is logged elsewhere --------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(script, monkeypatch, tmp_path):
     add_module(monkeypatch, tmp_path, "calls = []\ndef init(**x): calls.append(x)")
     run_dir = tmp_path / "run"
@@ -776,6 +794,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(script, mon
     assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_pythons_loader_sees_each_point_once_after_a_kill_and_a_resume(
     script, monkeypatch, tmp_path
 ):
@@ -893,6 +912,7 @@ def advance_clock(script, monkeypatch) -> None:
     monkeypatch.setattr(time, "time", lambda: now() + late[0])
 
 
+@pytest.mark.parametrize("script", EITHER)
 def test_an_evaluation_stands_once_in_the_progress_lines(script, monkeypatch, tmp_path, capsys):
     advance_clock(script, monkeypatch)
     flags = f"{TINY[script.__name__]} {EVALUATED} --run-dir {tmp_path}/run"
