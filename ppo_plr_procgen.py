@@ -370,8 +370,7 @@ def train(args: Args, run: "Run") -> None:
     next_done = np.zeros(N, bool)
     observation = run.restore(envs, own)
     if observation is None:
-        sampler.drop(np.ones(N, bool))
-        observation, _ = envs.reset(seed=sampler.next_levels(np.ones(N, bool))[own].tolist())
+        observation = start_episodes(run, envs, sampler, own)
     next_obs.copy_(torch.from_numpy(observation))
     next_levels = sampler.playing.copy()  # (N,) int64
 
@@ -485,6 +484,20 @@ def make_sampler(args: Args) -> LevelSampler:
         alpha=args.alpha,
         stitch_episodes=args.stitch_episodes,
     )
+
+
+def start_episodes(
+    run: "Run", envs: gym.vector.VectorEnv, sampler: LevelSampler, own: slice
+) -> np.ndarray:
+    """Everywhere; returns the observations."""
+    everywhere = np.ones(sampler.num_envs, bool)
+    if run.checkpoint:
+        say(
+            f"its environments were not saved: {len(everywhere)} episodes are dropped, others start"
+        )
+    sampler.drop(everywhere)
+    observation, _ = envs.reset(seed=sampler.next_levels(everywhere)[own].tolist())
+    return observation
 
 
 class EpisodeStatistics:
@@ -1219,7 +1232,7 @@ class Profile:
         self.tracing = True
 
     def phase(self, name: str) -> None:
-        if not self.running:
+        if not self.running or torch.compiler.is_compiling():
             return
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():

@@ -1164,7 +1164,7 @@ def play(
         action, _, _, next_state = agent.act(next_obs, state, noise.exponential_())
         obs, reward, terminations, truncations, _ = envs.step(action)
         overwrite(next_obs, obs)
-        torch.stack(next_state, out=state)
+        state.copy_(torch.stack(next_state))
         torch.stack((reward, (terminations | truncations).float()), out=outcome)
 
     act_and_step = CudaGraph(act_and_step, enabled=isinstance(envs, MazeEnvs) and envs.cuda_graphs)
@@ -1703,7 +1703,7 @@ class Profile:
         self.tracing = True
 
     def phase(self, name: str) -> None:
-        if not self.running:
+        if not self.running or torch.compiler.is_compiling():
             return
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
