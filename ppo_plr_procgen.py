@@ -593,7 +593,15 @@ def load_procgen() -> Callable:
         # it imports the dead package gym, which prints a notice
         with contextlib.redirect_stderr(io.StringIO()):
             from procgen import ProcgenGym3Env
-        return ProcgenGym3Env
+
+        class Procgen(ProcgenGym3Env):
+            def __init__(self, num: int, **options: Any):
+                super().__init__(num, **options)
+                # Looked up now: at its first use cffi takes a lock, which another game that is
+                # being made holds if the garbage collector closes this one in the midst of it.
+                self.libenv_close = self._c_lib.libenv_close
+
+        return Procgen
     from procgen_gym.env import ProcgenVecEnv
 
     class ProcgenForPython313(ProcgenVecEnv):
@@ -653,7 +661,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
         # Level starts are made by one game for all: each one that is closed leaks 11 KB.
         self.maker = make(num=1, start_level=MAKERS_LEVEL, num_threads=0)
         self.makers_start = self.maker.get_state()[0]
-        self.level_starts: dict[int, bytes] = {}  # the last ones used
+        self.level_start = functools.lru_cache(maxsize=4096)(self.make_level_start)
         self.num_envs = num_envs
         self.env_id = env_id
         self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -676,15 +684,6 @@ class ProcgenLevels(gym.vector.VectorEnv):
             state = self.level_start(int(levels[i]))
             self.procgen.call_c_func("set_state", i, state, len(state))
         return self.procgen.observe()[1]["rgb"], {}
-
-    def level_start(self, level: int) -> bytes:
-        # No lru_cache of a method: it makes a reference cycle, and Procgen can wait for ever for a
-        # lock when the garbage collector closes one game while another is made.
-        state = self.level_starts.pop(level, None) or self.make_level_start(level)
-        self.level_starts[level] = state
-        if len(self.level_starts) > 4096:
-            del self.level_starts[next(iter(self.level_starts))]
-        return state
 
     def make_level_start(self, level: int) -> bytes:
         """The saved state of a game that begins the level, 21-38 KB.
@@ -741,9 +740,9 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
             page_lock=device.type == "cuda",
             **{name: getattr(args, name) for name in PROCGEN_OPTIONS},
         )
-    except ModuleNotFoundError as error:
+    except ModuleNotFoundError:
         wheels = "there are wheels for Linux on x86-64, Python 3.11 to 3.13"
-        refuse(f"Procgen is not installed ({error}): pip install -r requirements.txt; {wheels}.")
+        refuse(f"Procgen is not installed: pip install -r requirements.txt; {wheels}.")
     except (ImportError, OSError) as error:
         libraries = "On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0"
         refuse(f"Procgen does not load ({error}). {libraries}")
