@@ -88,25 +88,33 @@ def test_no_game_is_made_for_a_level_or_an_evaluation(monkeypatch):
 
 
 @needs_procgen
-def test_a_game_that_the_garbage_collector_closes_stops_nobody():
+def test_a_game_that_the_garbage_collector_closes_stops_nobody(monkeypatch):
     """It may do so while another game is made, and both wanted one lock: nothing moved again. Any
     reference cycle leads there, such as a caught exception's."""
+    cffi = pytest.importorskip("cffi.api")
+    load = cffi._make_ffi_library
+    collected = []
 
-    def make_and_lose():
-        for _ in range(3):
-            envs = ProcgenLevels(1, "fruitbot", "easy", 0)
-            envs.itself = envs
-            del envs
+    def collect_and_load(*args):  # with the lock held
+        collected.append(gc.collect())
+        return load(*args)
 
-    before = gc.get_threshold()
-    gc.set_threshold(1)
-    thread = threading.Thread(target=make_and_lose, daemon=True)
+    def make_lose_and_make():
+        envs = ProcgenLevels(1, "fruitbot", "easy", 0)
+        envs.itself = envs
+        del envs
+        monkeypatch.setattr(cffi, "_make_ffi_library", collect_and_load)
+        ProcgenLevels(1, "fruitbot", "easy", 0)
+
+    gc.disable()
+    thread = threading.Thread(target=make_lose_and_make, daemon=True)
     try:
         thread.start()
         thread.join(30)
     finally:
-        gc.set_threshold(*before)
+        gc.enable()
     assert not thread.is_alive()
+    assert collected[0] > 0
 
 
 def fresh_game(game, mode, level, **options):
