@@ -4,6 +4,7 @@ packages that are not there, pictures."""
 import gc
 import importlib.util
 import os
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -523,3 +524,40 @@ def test_pictures_of_levels_have_a_caption_that_fits(env_id, width):
         rows = captions[-1].max(axis=(1, 2)) > 200
         assert rows[:18].any() and rows[18:-2].any() and not rows[-2:].any()  # two lines
     assert not np.array_equal(*captions)
+
+
+# ---- a report of runs that were not evaluated (C16) ----------------------------------------------
+
+
+@pytest.mark.parametrize("source", ["starpilot_plr_2M_seed1", "mazes_dr_60M_seed1_precision=bf16"])
+@pytest.mark.parametrize("log", ["no log", "a header", "an empty file"])
+def test_a_run_without_an_evaluation_stands_in_a_report(source, log, monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = pytest.importorskip("report")
+    run_dir = tmp_path / "run"
+    committed = ROOT / "benchmarks" / "results" / "runs" / source
+    ignored = shutil.ignore_patterns("result.json", "evaluation*")
+    shutil.copytree(committed, run_dir, ignore=ignored)
+    header = (committed / "evaluations.csv").read_text().splitlines(keepends=True)[0]
+    if log != "no log":
+        (run_dir / "evaluations.csv").write_text(header if log == "a header" else "")
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run_dir), "--out", str(tmp_path / "out")])
+    report.main()
+    text = (tmp_path / "out" / "REPORT.md").read_text()
+    assert "- **run**: " in text and ", unfinished." in text and "nan" not in text
+    assert list((tmp_path / "out" / "pictures").glob("*.png"))
+
+
+def test_a_result_that_has_no_evaluation_is_refused_in_a_sentence(monkeypatch, tmp_path, capsys):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    report = pytest.importorskip("report")
+    run_dir = tmp_path / "run"
+    committed = ROOT / "benchmarks" / "results" / "runs" / "starpilot_plr_2M_seed1"
+    shutil.copytree(committed, run_dir, ignore=shutil.ignore_patterns("result.json"))
+    (run_dir / "result.json").write_text('{"evaluation": null, "global_step": 1}')
+    monkeypatch.setattr(sys, "argv", ["report.py", str(run_dir), "--out", str(tmp_path / "out")])
+    with pytest.raises(SystemExit) as stop:
+        report.main()
+    message = capsys.readouterr().err
+    assert stop.value.code == 2 and message.count("\n") == 1
+    assert message.startswith(f"error: RUN-DIRS {run_dir} has a file that cannot be read: ")
