@@ -599,8 +599,43 @@ def log_row(
 
 MAKERS_LEVEL = 0x01234567  # any, whose bytes are found in a saved state
 LAST_LEVEL = 2**31 - 1
-LIBRARIES: list[Any] = []
+LIBRARIES: list[Any] = []  # never unloaded
 PROCGEN_OPTIONS = ("use_backgrounds", "restrict_themes", "center_agent")
+
+
+def load_procgen() -> Callable:
+    """Procgen as the package procgen-mirror has it, whose wheels end at Python 3.12. procgen-gym
+    has the same games for 3.13, but for a few pixels, and other names for what is used here."""
+    if importlib.util.find_spec("procgen"):
+        # it imports the dead package gym, which prints a notice
+        with contextlib.redirect_stderr(io.StringIO()):
+            from procgen import ProcgenGym3Env
+
+        class Procgen(ProcgenGym3Env):
+            def __init__(self, num: int, **options: Any):
+                super().__init__(num, **options)
+                # Looked up now: at its first use cffi takes a lock, which another game that is
+                # being made holds if the garbage collector closes this one in the midst of it.
+                self.libenv_close = self._c_lib.libenv_close
+
+        return Procgen
+    from procgen_gym.env import ProcgenVecEnv
+
+    class ProcgenForPython313(ProcgenVecEnv):
+        def __init__(self, num: int, **options: Any):
+            super().__init__(num, **options)
+            self.call_c_func = self._clib.call_c_func
+
+        def act(self, actions: np.ndarray) -> None:
+            self._clib.act(actions)
+
+        def observe(self) -> tuple[np.ndarray, dict[str, np.ndarray], np.ndarray]:
+            games = self._clib
+            games._lib.libenv_observe(games._handle)
+            first = games.get_first_buf().astype(bool)
+            return games.get_reward_buf(), games.get_ob_bufs(), first
+
+    return ProcgenForPython313
 
 
 class ProcgenLevels(gym.vector.VectorEnv):
@@ -624,12 +659,8 @@ class ProcgenLevels(gym.vector.VectorEnv):
         page_lock: bool = False,
         **options: bool,  # use_backgrounds, restrict_themes, center_agent
     ):
-        # procgen imports the dead package gym, which prints a notice
-        with contextlib.redirect_stderr(io.StringIO()):
-            from procgen import ProcgenGym3Env
-
         make = functools.partial(
-            ProcgenGym3Env,
+            load_procgen(),
             env_name=env_id,
             distribution_mode=mode,
             num_levels=1,
@@ -637,7 +668,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
             **options,
         )
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
-        LIBRARIES.append(self.procgen._c_lib)  # never unloaded: its threads may not have ended
+        LIBRARIES.append(getattr(self.procgen, "_c_lib", None))  # its threads may not have ended
         del LIBRARIES[1:]
         # observe() then returns the library's own arrays, which the next step overwrites
         self.procgen._reuse_arrays = True
@@ -735,6 +766,9 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
             page_lock=device.type == "cuda",
             **{name: getattr(args, name) for name in PROCGEN_OPTIONS},
         )
+    except ModuleNotFoundError:
+        wheels = "there are wheels for Linux on x86-64, Python 3.11 to 3.13"
+        refuse(f"Procgen is not installed: pip install -r requirements.txt; {wheels}.")
     except (ImportError, OSError) as error:
         libraries = "On Debian or Ubuntu: apt-get install libgl1 libglib2.0-0"
         refuse(f"Procgen does not load ({error}). {libraries}")

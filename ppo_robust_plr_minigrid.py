@@ -57,6 +57,7 @@ import torch.distributed as dist
 import tyro
 from minigrid.core.grid import Grid
 from minigrid.core.world_object import Goal, Wall
+from minigrid.envs.babyai.core import roomgrid_level
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image, ImageDraw
 from torch import Tensor, nn, optim
@@ -67,6 +68,8 @@ from plr_sampler import LevelSampler
 
 # gym's, of -v0 environments with a -v1
 warnings.filterwarnings("ignore", ".*is out of date", DeprecationWarning)
+# BabyAI's, "Sampling rejected" for each draft of a level that it throws away
+roomgrid_level.print = lambda *words: None
 
 SCORES = (
     "max_mc", "positive_value_loss", "value_l1", "gae",
@@ -692,8 +695,8 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
         frames = []
         for level in group.tolist():
             envs.reset(seed=[level])
-            score = f"   score {scores[level]:.3f}" if level in scores else ""
-            frames.append(with_caption(envs.frame(), f"level {level}{score}"))
+            score = f"score {scores[level]:.3f}" if level in scores else "no score"
+            frames.append(with_caption(envs.frame(), f"level {level}\n{score}"))
         height = max(len(frame) for frame in frames)  # a level's size may depend on its seed
         frames = [np.pad(x, ((0, height - len(x)), (0, 0), (0, 0))) for x in frames]
         pictures[f"levels/{name}"] = np.concatenate(frames, axis=1)
@@ -701,8 +704,8 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
 
 
 def with_caption(frame: np.ndarray, text: str) -> np.ndarray:
-    """(H, W, 3) uint8 -> a line of text below it."""
-    picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 20))
+    """(H, W, 3) uint8 -> two lines of text below it."""
+    picture = Image.new("RGB", (frame.shape[1], frame.shape[0] + 36))
     picture.paste(Image.fromarray(frame))
     ImageDraw.Draw(picture).text((4, frame.shape[0] + 4), text, fill="white")
     return np.asarray(picture)
@@ -1228,9 +1231,10 @@ def evaluate(
             film = [] if video else None
             returns[name] = play(agent, envs, reset, film)
             envs.close()
-            if video:  # every second frame, the last one included
+            if video:  # the start, and every second frame up to the last
                 file_name = name.replace("/", "_")
-                write_gif(video / f"{file_name}.gif", film[::-2][::-1], milliseconds=100)
+                frames = film[:1] + film[:0:-2][::-1]
+                write_gif(video / f"{file_name}.gif", frames, milliseconds=100)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
     rates = np.sort(list(solved.values()))
     quarter = len(rates) // 4
@@ -1327,10 +1331,11 @@ def check_environment(env_id: str, max_steps: int | None) -> int:
     try:
         env = gym.make(env_id)
         limits = [x for x in (max_steps, env.spec.max_episode_steps) if x is not None]
+        space = env.observation_space
         env = env.unwrapped
         if not isinstance(env, MiniGridEnv):
             raise TypeError(f"it is a {type(env).__name__}")
-        if not isinstance(env.observation_space, gym.spaces.Dict):
+        if not isinstance(space, gym.spaces.Dict) or not {"image", "direction"} <= set(space):
             raise TypeError("its observations are no dictionaries with an image and a direction")
         for level in (*range(10), *range(10)):
             direction = env.reset(seed=level)[0]["direction"]

@@ -121,7 +121,7 @@ def read_run(run_dir: Path) -> Run:
         last = {"global_step": 0} | last
         name = run_dir.resolve().name
         return Run(name, args, origin, progress, evaluations, bool(result), last, variant)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(f"RUN-DIRS {run_dir} has a file that cannot be read: {error!r}.")
 
 

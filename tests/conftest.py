@@ -63,12 +63,12 @@ def finished_run(shared):
 def brief_run(shared):
     """brief_run(script, flags): the same with more flags and a brief evaluation, in a process
     forked for it."""
-    from support import TINY, Process, made_once
+    from support import Process, made_once, tiny
 
     @functools.cache
     def brief_run(script, flags: str = "") -> Path:
         def make(run_dir: Path) -> None:
-            command = f"{TINY[script.__name__]} {flags} --run-dir {run_dir}"
+            command = f"{tiny(script, flags)} --run-dir {run_dir}"
             done = Process(script, command, run_dir).wait()
             assert done.returncode == 0, done.stderr
 

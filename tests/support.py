@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,16 @@ TINY = {  # flags of a whole run of a second or two, in which episodes end and l
     " --num-walls 6 --max-steps 20 --buffer-size 12 --rho 0.3 --total-timesteps 960"
     " --eval-episodes 1",
 }
+
+
+def tiny(script: ModuleType, more: str = "") -> str:
+    """TINY and more flags; without those that a baseline's curriculum refuses."""
+    flags = TINY[script.__name__]
+    if re.search("--curriculum (uniform|sequential|dr)", more):
+        flags = re.sub(r" --(rho|buffer-size) \S+", "", flags)
+    return f"{flags} {more}"
+
+
 HALF = {ppo_plr_procgen: "--total-timesteps 192", ppo_robust_plr_minigrid: "--total-timesteps 576"}
 
 

@@ -30,9 +30,14 @@ WHAT = "observation", "reward", "termination", "truncation"
 # ---- playing levels ------------------------------------------------------------------------------
 
 
+def is_game(env_id):
+    """Procgen's names are in small letters; Gymnasium's have a version."""
+    return env_id.islower() and env_id.isalpha()
+
+
 def make(env_id, num_envs, workers=False):
     """A vector environment without autoreset, in which the seed of a reset is the level."""
-    if env_id.islower() and env_id.isalpha():  # Procgen's names; Gymnasium's have a version
+    if is_game(env_id):
         import torch
 
         import ppo_plr_procgen
@@ -40,7 +45,7 @@ def make(env_id, num_envs, workers=False):
         args = ppo_plr_procgen.Args(env_id=env_id)
         ppo_plr_procgen.check_args(args)
         return ppo_plr_procgen.make_envs(args, num_envs, torch.device("cpu"))
-    if env_id.startswith("MiniGrid-"):
+    if env_id.startswith(("MiniGrid-", "BabyAI-")):
         import minigrid  # noqa: F401  registers them
     options = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
     if workers:  # shared memory cannot hold text, such as MiniGrid's mission
@@ -68,18 +73,18 @@ def mark(x):
     return sha256(f"{x.dtype}{x.shape}".encode() + data).hexdigest()[:16]
 
 
-def play(envs, levels):
+def play(envs, levels, actions_of=None):
     """One episode of each of levels (N,), side by side: {level: [(observation, reward, ends), ...]}
     as short texts.
 
     The first entry is the reset. An environment whose episode has ended plays other levels until
-    all are done.
+    all are done. actions_of: the level whose actions all take; otherwise each has its own.
     """
     space, n = envs.single_action_space, envs.num_envs
     actions = {}
     for level in levels:
         dice = copy.deepcopy(space)
-        dice.seed(level)
+        dice.seed(actions_of or level)
         actions[level] = [dice.sample() for _ in range(STEPS)]
     obs, _ = envs.reset(seed=levels)
     looks = not hasattr(envs, "procgen")
@@ -108,11 +113,11 @@ def play(envs, levels):
     return tracks
 
 
-def play_alone(env_id):
+def play_alone(env_id, actions_of=None):
     tracks = {}
     for level in LEVELS:
         envs = make(env_id, 1)
-        tracks |= play(envs, [level])
+        tracks |= play(envs, [level], actions_of)
         envs.close()
     return tracks
 
@@ -136,10 +141,10 @@ def play_in_turn(env_id):
 def record(env_id, way):
     """{how it was played: [tracks, ...]}; way "first" is what the others are compared with."""
     if way == "first":
-        return {"first": [play_alone(env_id)]}
+        return {"first": [play_alone(env_id)], "same actions": [play_alone(env_id, LEVELS[0])]}
     ways = {"in another process": [play_alone(env_id)], "after other levels": play_in_turn(env_id)}
     ways["in a vector environment"] = play_together(env_id, workers=False)
-    if ":" in env_id or not env_id.islower():
+    if not is_game(env_id):
         ways["in a worker process of a vector environment"] = play_together(env_id, workers=True)
     return ways
 
@@ -173,7 +178,8 @@ def recorded(env_id, way, hash_seed):
 
 def problems(env_id):
     """Sentences that say why env_id is not fit for PLR; none if it is."""
-    (first,), found = recorded(env_id, "first", "1")["first"], []
+    tracks, found = recorded(env_id, "first", "1"), []
+    (first,), (alike,) = tracks["first"], tracks["same actions"]
     for way, parts in recorded(env_id, "others", "2").items():
         different = []
         for level, track in ((level, track) for part in parts for level, track in part.items()):
@@ -193,7 +199,7 @@ def problems(env_id):
             others = len({level for level, *_ in different}) - 1
             more = f" ({others} more of {len(LEVELS)} levels differ)" if others else ""
             found.append(f"level {level} is not the same {way}: the {what} of {when} differs{more}")
-    if len({json.dumps(track) for track in first.values()}) == 1:
+    if len({json.dumps(track) for track in alike.values()}) == 1:
         found.append(
             f"levels {LEVELS[0]} to {LEVELS[-1]} are all the same:"
             " the seed of a reset decides nothing"
@@ -228,6 +234,7 @@ UNFIT = {  # environment: where and what first differs
         "level 1 is not the same after other levels: the reward of step 2 differs",
     ),
     "Deaf": ("all the same", "levels 1 to 8 are all the same"),
+    "Alike": ("all the same", "levels 1 to 8 are all the same"),
     "Unseeded": (
         "in another process",
         "level 1 is not the same in another process: the observation of its reset",
@@ -248,7 +255,7 @@ def test_what_is_unfit_is_found(name, no_env_id):
     found = problems(f"unfit_levels:{name}-v0")
     assert where in found[0] and sentence in found[0]
     assert not (name == "Leaky" and "in another process" in "".join(found)) and not (
-        name == "Deaf" and len(found) > 1
+        name in ("Deaf", "Alike") and len(found) > 1
     )
 
 
@@ -269,6 +276,25 @@ def test_the_command_names_what_differs(no_env_id):
         pytest.fail.Exception, match="--env-id NoSuch-v0 cannot be played .*doesn't exist"
     ):
         problems("NoSuch-v0")
+
+
+@pytest.mark.parametrize("name", ["nosuch", "BabyAI-NoSuch-v0", "no_such_package:Env-v0"])
+def test_a_name_that_does_not_exist_is_named_in_a_sentence(name, no_env_id):
+    with pytest.raises(pytest.fail.Exception) as failed:
+        problems(name)
+    assert str(failed.value).startswith(f"--env-id {name} cannot be played as a level: ")
+    assert str(failed.value).count("\n") == 0 and "Traceback" not in str(failed.value)
+
+
+@pytest.mark.slow
+def test_babyais_levels_are_registered_and_fit(no_env_id):
+    assert problems("BabyAI-GoToRedBall-v0") == []
+
+
+@pytest.mark.parametrize("name", ["MiniGrid-Empty-6x6-v0", "CliffWalking-v1"])
+def test_levels_that_differ_by_nothing_but_the_actions_are_all_alike(name, no_env_id):
+    (sentence,) = problems(name)
+    assert "levels 1 to 8 are all the same" in sentence
 
 
 if __name__ == "__main__":

@@ -336,12 +336,11 @@ def test_pictures_are_the_packages():
     oracle = Oracle(maze, 100)
     oracle.reset()
     for action in (2, 2, 1, 2):
-        assert np.array_equal(
-            envs.frame(), oracle.grid.render(8, oracle.agent_pos, oracle.agent_dir)
-        )
+        expected = oracle.get_frame(highlight=True, tile_size=24)
+        assert np.array_equal(envs.frame(), expected)
         envs.step(torch.tensor([action, 2]))
         oracle.step(action)
-    assert envs.frame().shape == (120, 120, 3)
+    assert envs.frame().shape == (360, 360, 3)
 
 
 # ---- the LSTM over whole episodes ----------------------------------------------------------------
@@ -537,7 +536,7 @@ def corridor(monkeypatch, no_evaluation):
     monkeypatch.setattr(
         script, "make_envs", lambda args, num_envs, device: TensorCorridor(num_envs)
     )
-    monkeypatch.setattr(script, "check_environment", lambda env_id: 5)
+    monkeypatch.setattr(script, "check_environment", lambda env_id, max_steps: 5)
     monkeypatch.setattr(script, "level_pictures", lambda *args: {})
     return watch_sampler(script, monkeypatch)
 
@@ -711,7 +710,8 @@ def test_what_is_learned_from(curriculum, no_evaluation, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "write_file", watch)
     monkeypatch.setattr(script, "Agent", Watched)
     monkeypatch.setattr(script, "LevelSampler", Spy)
-    flags = f"{TINY} --curriculum {curriculum} --total-timesteps {30 * 96} --checkpoint-interval 1"
+    flags = support.tiny(script, f"--curriculum {curriculum} --total-timesteps {30 * 96}")
+    flags += " --checkpoint-interval 1"
     main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
     logged = rows(tmp_path / "run/progress.csv")
     replays = [bool(row["replay"]) for row in logged]
@@ -889,7 +889,8 @@ def test_the_parts_of_a_minibatch_are_all_of_it(monkeypatch):
 def test_finished_episodes_by_hand():
     rewards = np.array([[0, 0.5, 1], [0.25, 0, 2], [0, 0.125, 3], [1, 1, 4]], np.float32)
     ended = np.array([[0, 1, 0], [1, 0, 0], [0, 1, 0], [0, 1, 0]], bool)
-    finished = script.finished_episodes(rewards, ended)
+    args = script.Args(num_steps=4, curriculum="dr")
+    finished = script.finished_episodes(args, rewards, ended)
     # in order of time and environment; what the rollout cuts off is none
     assert finished["return"].tolist() == [0.5, 0.25, 0.125, 1]
     assert finished["length"].tolist() == [1, 2, 2, 1]
@@ -942,7 +943,7 @@ def test_videos_change_nothing(agent, brief, tmp_path):
     assert script.evaluate(agent, args, CPU)["episodes"] == result["episodes"]
     assert {path.stem for path in tmp_path.iterdir()} == set(EVALUATIONS)
     with Image.open(tmp_path / "Labyrinth.gif") as video:
-        assert video.size == (120, 120) and 5 < video.n_frames <= 10  # every second one of 20 steps
+        assert video.size == (360, 360) and 5 < video.n_frames <= 10  # every second one of 20 steps
 
 
 def test_no_episode_is_left_out_and_none_counts_twice():
@@ -1003,7 +1004,7 @@ def test_a_finished_run(finished_run):
     assert {f"curriculum/{name}" for name in expected} <= set(tags["scalars"])
     assert set(tags["images"]) == {"levels/fresh", "levels/highest_score", "levels/highest_weight"}
     picture = Image.open(io.BytesIO(events.Images("levels/highest_score")[0].encoded_image_string))
-    assert picture.size == (4 * 7 * 8, 7 * 8)
+    assert picture.size == (4 * 7 * 24, 7 * 24 + 36)
     checkpoint = torch.load(run_dir / "checkpoint.pt", weights_only=True)
     assert checkpoint["totals"]["gradient_updates"] == result["gradient_updates"]
 
@@ -1077,4 +1078,4 @@ def test_what_is_allowed():
         "--env-id MiniGrid-ObstructedMaze-1Dl-v0 --num-steps 288",
     ):
         script.check_args(tyro.cli(script.Args, args=flags.split()))
-    assert tyro.cli(script.Args, args=["--nu", "0.2"]).replay_prob == 0.8
+    assert script.make_sampler(script.Args(nu=0.2)).nu == 0.2

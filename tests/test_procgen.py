@@ -161,9 +161,8 @@ def test_observed_levels_are_the_samplers_assignments(curriculum, monkeypatch, t
     monkeypatch.setattr(script, "ProcgenLevels", Watched)
     monkeypatch.setattr(script, "evaluate", lambda *args: NOTHING)
     rollouts = watch_sampler(script, monkeypatch)
-    flags = (
-        f"{TINY} --env-id bossfight --num-steps 48 --total-timesteps 384 --curriculum {curriculum}"
-    )
+    more = f"--env-id bossfight --num-steps 48 --total-timesteps 384 --curriculum {curriculum}"
+    flags = support.tiny(script, more)
     main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
     assigned = np.concatenate([rollout.levels for rollout in rollouts])
     assert observed == assigned.tolist()
@@ -414,23 +413,27 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
 def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_stream_alone(
     monkeypatch,
 ):
-    made = []
+    made, whole_resets = [], []
+
+    class Noted(ImageCorridor):
+        def reset(self, *, seed, options=None):
+            if options is None:
+                whole_resets.extend(seed)
+            return super().reset(seed=seed, options=options)
 
     def make(args, num_envs, device):
-        made.append(ImageCorridor(num_envs))
+        made.append(Noted(num_envs))
         return made[-1]
 
     monkeypatch.setattr(script, "make_envs", make)
+    monkeypatch.setattr(script, "EVALUATION_ENVS", {})
     args = script.Args(env_id="bigfish", eval_episodes=150, num_levels=40)
     before = torch.get_rng_state()
     result = script.evaluate(Table(None), args, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
     episodes = result["episodes"]
-    assert [len(envs.started) for envs in made] == [150, 150]  # in two chunks
-    assert (
-        sum((envs.started for envs in made), [])
-        == episodes["test_levels"] + episodes["train_levels"]
-    )
+    assert [envs.num_envs for envs in made] == [150]  # for both chunks
+    assert whole_resets == episodes["test_levels"] + episodes["train_levels"]
     for part in ("test", "train"):
         expected = [
             REWARDS[level % 3][: LENGTHS[level % 3]].sum() for level in episodes[f"{part}_levels"]
@@ -487,7 +490,7 @@ def test_a_finished_run(finished_run):
 
 
 def test_missing_system_libraries_are_named(monkeypatch, tmp_path, capsys):
-    def no_library(*args):
+    def no_library(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(script.ProcgenLevels, "__init__", no_library)

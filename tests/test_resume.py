@@ -29,6 +29,7 @@ from support import (
     result_of,
     rows,
     run,
+    tiny,
     wait_for,
 )
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -55,14 +56,12 @@ def is_as_large(path: Path, size: float) -> bool:
 def test_a_resumed_run_equals_the_uninterrupted_one(
     script, curriculum, brief_run, monkeypatch, tmp_path
 ):
-    whole, flags = (
-        brief_run(script, f"{EVALUATED} --curriculum {curriculum}"),
-        TINY[script.__name__],
-    )
+    whole = brief_run(script, f"{EVALUATED} --curriculum {curriculum}")
+    flags = tiny(script, f"{EVALUATED} --curriculum {curriculum} {HALF[script]}")
     main(
         script,
         monkeypatch,
-        f"{flags} {EVALUATED} --curriculum {curriculum} {HALF[script]} --run-dir {tmp_path}/half",
+        f"{flags} --run-dir {tmp_path}/half",
     )
     steps = json.loads((whole / "args.json").read_text())["total_timesteps"]
     main(

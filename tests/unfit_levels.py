@@ -1,4 +1,4 @@
-"""Four environments that PLR cannot be used on, for test_levels.py to find out."""
+"""Five environments that PLR cannot be used on, for test_levels.py to find out."""
 
 import gymnasium as gym
 import numpy as np
@@ -42,6 +42,14 @@ class Deaf(Counter):
         return np.zeros(1)
 
 
+class Alike(Deaf):
+    """One and the same level too, but what is done shows."""
+
+    def step(self, action):
+        self.number = self.number + action / 16
+        return super().step(action)
+
+
 class Unseeded(Counter):
     """Another level each time, whatever the seed."""
 
@@ -56,5 +64,5 @@ class Hashed(Counter):
         return np.random.default_rng(hash(f"level {seed}") % 2**32).random(1)
 
 
-for unfit in (Leaky, Deaf, Unseeded, Hashed):
+for unfit in (Leaky, Deaf, Alike, Unseeded, Hashed):
     gym.register(f"{unfit.__name__}-v0", unfit)

@@ -19,7 +19,8 @@ level, and the settings at the end of the file. Robust PLR: Jiang et al. 2021 (a
 - An env runner that dies loses its episodes in progress and those on their way to the learner: they count as dropped
   and no score changes. RLlib restarts it, and the run goes on with the others meanwhile. If nobody delivers anything
   for more iterations in a row than `num_consecutive_env_runner_failures_tolerance` allows, the run ends with an error.
-- The sampler is part of the algorithm's checkpoint. Evaluation env runners do not ask it: they play random levels.
+- The sampler is part of the algorithm's checkpoint, which is refused with another number of environments (num_env_runners
+  x num_envs_per_env_runner). Evaluation env runners do not ask it: they play random levels.
 
 Not repeatable to the bit: which environment asks first depends on the machine's timing.
 """
@@ -115,6 +116,15 @@ class GlobalSampler:
     def set_state(self, state: dict[str, Any]) -> None:
         self.sampler.load_state_dict(state["sampler"])
         self.unscored[:] = state["unscored"]
+
+
+def require_as_many(saved: int, here: int) -> None:
+    """The sampler knows what each environment plays, so a checkpoint is for as many of them."""
+    if saved != here:
+        raise ValueError(
+            f"the checkpoint's sampler has {saved} environments, here are {here}: restore it with the same"
+            " num_env_runners x num_envs_per_env_runner"
+        )
 
 
 def sampler_name(trial_id: str) -> str:
@@ -243,6 +253,7 @@ class RobustPLR(PPO):
 
     def setup(self, config: RobustPLRConfig) -> None:
         num_envs = max(config.num_env_runners, 1) * config.num_envs_per_env_runner
+        self.num_sampler_envs = num_envs
         actor = ray.remote(num_cpus=0)(GlobalSampler).options(name=sampler_name(self.trial_id))  # refuses a second one
         self.sampler = actor.remote(num_envs, seed=config.seed or 0, **config.level_sampler)
         self.failures = 0  # iterations in a row without any fragment
@@ -357,6 +368,8 @@ class RobustPLR(PPO):
         return super().get_state(*args, **kwargs) | {"level_sampler": ray.get(self.sampler.get_state.remote())}
 
     def set_state(self, state: dict[str, Any]) -> None:
+        if "level_sampler" in state:
+            require_as_many(len(state["level_sampler"]["unscored"]), self.num_sampler_envs)
         super().set_state(state)
         if "level_sampler" in state:
             ray.get(self.sampler.set_state.remote(state["level_sampler"]))

@@ -47,11 +47,17 @@ class LevelStart(gym.Wrapper):
         return self.last_obs, *rest
 
 
+def require_as_many(sampler: LevelSampler, envs: VecEnv) -> None:
+    if sampler.num_envs != envs.num_envs:
+        raise ValueError(f"the sampler has num_envs={sampler.num_envs}, but there are {envs.num_envs} environments")
+
+
 class LevelVecEnv(VecEnvWrapper):
     """Every episode starts on the sampler's next level. venv: environments wrapped in LevelStart, N of them."""
 
     def __init__(self, venv: VecEnv, sampler: LevelSampler):
         super().__init__(venv)
+        require_as_many(sampler, venv)
         self.sampler = sampler
 
     def reset(self) -> Any:
@@ -76,6 +82,9 @@ class PLRCallback(BaseCallback):
     def __init__(self, sampler: LevelSampler):
         super().__init__()
         self.sampler = sampler
+
+    def _init_callback(self) -> None:
+        require_as_many(self.sampler, self.training_env)
 
     def _on_rollout_start(self) -> None:
         self.levels, self.dones, self.playing = [], [], self.sampler.playing.copy()

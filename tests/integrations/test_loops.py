@@ -203,6 +203,24 @@ def test_every_worker_plays_the_level_it_was_given(kind):  # (R1, R8)
     assert all(known[level] == score for level, score in zip(sampler.levels[sampler.seen], sampler.scores))
 
 
+def test_a_sampler_of_another_number_of_environments_is_refused():
+    vec_env = pytest.importorskip("stable_baselines3.common.vec_env")
+    import sb3_plr
+
+    sentence = "the sampler has num_envs=3, but there are 2 environments"
+    venv = vec_env.DummyVecEnv([spied_minigrid] * 2)
+    three, two = (LevelSampler(range(9), num_envs=n, seed=1) for n in (3, 2))
+    with pytest.raises(ValueError, match=sentence):
+        sb3_plr.LevelVecEnv(venv, three)
+    envs = sb3_plr.LevelVecEnv(venv, two)
+    model = sb3_plr.PPO("MlpPolicy", envs, n_steps=8, batch_size=8, seed=1, device="cpu")
+    with pytest.raises(ValueError, match=sentence):
+        model.learn(16, callback=sb3_plr.PLRCallback(three))
+    assert two.counts["completed"] == 0
+    model.learn(16, callback=sb3_plr.PLRCallback(two))
+    assert two.counts["started"] >= 2
+
+
 @pytest.mark.slow
 def test_stable_baselines3_learns_with_plr():
     vec_env = pytest.importorskip("stable_baselines3.common.vec_env")

@@ -269,6 +269,16 @@ def test_training(build, monkeypatch, tmp_path):
     ledger_then.train(algorithm)
 
 
+def test_a_checkpoint_of_another_number_of_environments_is_refused(build):
+    algorithm = build({}, env_runners=1, envs=2, batch=64, buffer_size=20)
+    before = ray.get(algorithm.sampler.get_state.remote())
+    state = algorithm.get_state()
+    state["level_sampler"] = rllib.GlobalSampler(6, seed=1, buffer_size=20).get_state()
+    with pytest.raises(ValueError, match="sampler has 6 environments, here are 2: .*num_env_runners x num_envs_per"):
+        algorithm.set_state(state)
+    np.testing.assert_equal(ray.get(algorithm.sampler.get_state.remote()), before)
+
+
 @pytest.mark.slow
 def test_killed_env_runners(build, tmp_path):
     """R10: of three env runners, one gets a SIGKILL in the middle of an episode, and one is killed by Ray."""
