@@ -1446,7 +1446,7 @@ class Run:
         self.last_report = (self.global_step, self.train_seconds)
         while self.iteration < self.args.num_iterations and not self.stopping:
             self.iteration += 1
-            self.began_iteration = time.time()
+            self.began_iteration = time.perf_counter()
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
             patience.cancel()
@@ -1543,7 +1543,7 @@ class Run:
     def log_iteration(self, row: dict[str, float]) -> None:
         """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
         checkpoint."""
-        seconds = time.time() - self.began_iteration
+        seconds = time.perf_counter() - self.began_iteration
         self.train_seconds += seconds
         self.profile.end(self.last, self.dir)
         self.episodic_return = row["charts/episodic_return"]

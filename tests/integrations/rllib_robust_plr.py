@@ -36,6 +36,7 @@ import torch
 import tree  # dm_tree, a dependency of RLlib: observations may be nested
 from minigrid.wrappers import ImgObsWrapper
 from numpy import ndarray
+from plr_sampler import LevelSampler
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -45,8 +46,6 @@ from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.tune import register_env
-
-from plr_sampler import LevelSampler
 
 # ---- one sampler for everybody ---------------------------------------------------------------------------------------
 
