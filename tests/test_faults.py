@@ -792,6 +792,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(script, mon
 
 
 @pytest.mark.parametrize("script", EITHER)
+@pytest.mark.slow
 def test_pythons_loader_sees_each_point_once_after_a_kill_and_a_resume(
     script, monkeypatch, tmp_path
 ):

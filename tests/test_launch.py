@@ -233,6 +233,7 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_to_the_end(
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
+@pytest.mark.slow
 def test_a_run_outlives_its_launcher_and_goes_on_after_kill_9(out, held, finished_run):
     command = held[0].replace("interval 0", "interval 1")
     launcher = start(out, command=command)

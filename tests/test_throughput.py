@@ -78,6 +78,7 @@ def test_settings_for_a_gpu_are_flags_of_their_script_with_enough_iterations(key
     assert set(throughput.SHARED) <= set(throughput.GPU_SETTINGS)
 
 
+@pytest.mark.slow
 def test_on_a_gpu_runs_are_in_this_process_and_some_share_it(tmp_path, monkeypatch, capsys):
     mazes = "--maze-size 7 --num-walls 6 --max-steps 20 --buffer-size 12 --rho 0.3"
     mazes += " --replay-schedule fixed"
@@ -118,6 +119,7 @@ def test_on_a_gpu_runs_are_in_this_process_and_some_share_it(tmp_path, monkeypat
     assert text.count(" x without graphs |") == text.count(" x one process |") == 1
 
 
+@pytest.mark.slow
 def test_of_processes_that_share_a_gpu_one_that_fails_says_why():
     setting = throughput.Setting("mazes", 4, "--rho 2", 16)
     with pytest.raises(RuntimeError, match="--rho 2.0 must be between 0 and 1"):

@@ -19,7 +19,7 @@ level, and the settings at the end of the file. Robust PLR: Jiang et al. 2021 (a
 - An env runner that dies loses its episodes in progress and those on their way to the learner: they count as dropped
   and no score changes. RLlib restarts it, and the run goes on with the others meanwhile. If nobody delivers anything
   for more iterations in a row than `num_consecutive_env_runner_failures_tolerance` allows, the run ends with an error.
-- The sampler is part of the algorithm's checkpoint, which is refused with another number of environments (num_env_runners
+- The sampler is part of the algorithm's checkpoint, which is refused with another number of environments (env runners
   x num_envs_per_env_runner). Evaluation env runners do not ask it: they play random levels.
 
 Not repeatable to the bit: which environment asks first depends on the machine's timing.
