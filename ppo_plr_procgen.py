@@ -17,13 +17,14 @@ that it did nor the last observation: as in the paper, a timeout is a terminal s
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported is no error
 
 import contextlib
 import copy
 import ctypes
 import datetime
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -68,6 +69,7 @@ GAMES_WITH_MODE = {
     "extreme": ("chaser", "dodgeball", "leaper", "starpilot"),
     "memory": ("caveflyer", "dodgeball", "heist", "jumper", "maze", "miner"),
 }
+OWN_ENVS = ()  # a fork's names of what its make_envs makes: more values of --env-id
 SCORES = (
     "value_l1", "gae", "positive_value_loss", "one_step_td_error",
     "policy_entropy", "least_confidence", "min_margin", "max_mc",
@@ -368,8 +370,7 @@ def train(args: Args, run: "Run") -> None:
     next_done = np.zeros(N, bool)
     observation = run.restore(envs, own)
     if observation is None:
-        sampler.drop(np.ones(N, bool))
-        observation, _ = envs.reset(seed=sampler.next_levels(np.ones(N, bool))[own].tolist())
+        observation = start_episodes(run, envs, sampler, own)
     next_obs.copy_(torch.from_numpy(observation))
     next_levels = sampler.playing.copy()  # (N,) int64
 
@@ -485,6 +486,20 @@ def make_sampler(args: Args) -> LevelSampler:
     )
 
 
+def start_episodes(
+    run: "Run", envs: gym.vector.VectorEnv, sampler: LevelSampler, own: slice
+) -> np.ndarray:
+    """Everywhere; returns the observations."""
+    everywhere = np.ones(sampler.num_envs, bool)
+    if run.checkpoint:
+        say(
+            f"its environments were not saved: {len(everywhere)} episodes are dropped, others start"
+        )
+    sampler.drop(everywhere)
+    observation, _ = envs.reset(seed=sampler.next_levels(everywhere)[own].tolist())
+    return observation
+
+
 class EpisodeStatistics:
     """Returns and lengths of the N episodes in progress, and the scale of the rewards.
 
@@ -549,7 +564,8 @@ def part_of_minibatch(mb_inds: Tensor, N: int) -> tuple[Any, Tensor]:
 
 def describe(args: Args) -> str:
     levels = args.num_levels or "unbounded"
-    return f"{args.env_id} ({args.distribution_mode}), {levels} levels, {args.curriculum}"
+    mode = "" if args.env_id in OWN_ENVS else f" ({args.distribution_mode})"
+    return f"{args.env_id}{mode}, {levels} levels, {args.curriculum}"
 
 
 def log_row(
@@ -583,6 +599,7 @@ def log_row(
 
 MAKERS_LEVEL = 0x01234567  # any, whose bytes are found in a saved state
 LAST_LEVEL = 2**31 - 1
+LIBRARIES: list[Any] = []  # never unloaded
 PROCGEN_OPTIONS = ("use_backgrounds", "restrict_themes", "center_agent")
 
 
@@ -651,6 +668,8 @@ class ProcgenLevels(gym.vector.VectorEnv):
             **options,
         )
         self.procgen = make(num=num_envs, start_level=0, num_threads=num_threads)
+        LIBRARIES.append(getattr(self.procgen, "_c_lib", None))  # its threads may not have ended
+        del LIBRARIES[1:]
         # observe() then returns the library's own arrays, which the next step overwrites
         self.procgen._reuse_arrays = True
         self.page_locked = page_lock
@@ -661,7 +680,7 @@ class ProcgenLevels(gym.vector.VectorEnv):
         # Level starts are made by one game for all: each one that is closed leaks 11 KB.
         self.maker = make(num=1, start_level=MAKERS_LEVEL, num_threads=0)
         self.makers_start = self.maker.get_state()[0]
-        self.level_start = functools.lru_cache(maxsize=4096)(self.make_level_start)
+        self.level_starts: dict[int, bytes] = {}  # of 4096 levels at most
         self.num_envs = num_envs
         self.env_id = env_id
         self.single_observation_space = gym.spaces.Box(0, 255, (64, 64, 3), np.uint8)
@@ -684,6 +703,13 @@ class ProcgenLevels(gym.vector.VectorEnv):
             state = self.level_start(int(levels[i]))
             self.procgen.call_c_func("set_state", i, state, len(state))
         return self.procgen.observe()[1]["rgb"], {}
+
+    def level_start(self, level: int) -> bytes:
+        if level not in self.level_starts:
+            if len(self.level_starts) == 4096:
+                self.level_starts.clear()
+            self.level_starts[level] = self.make_level_start(level)
+        return self.level_starts[level]
 
     def make_level_start(self, level: int) -> bytes:
         """The saved state of a game that begins the level, 21-38 KB.
@@ -798,8 +824,9 @@ def evaluate(
             playing = np.arange(len(chunk))  # environments whose episode goes on
             while len(playing):
                 if video and chunk[playing[0]] == 0:
-                    frame = Image.fromarray(obs[0])
-                    frames.append(frame.resize((256, 256), Image.Resampling.NEAREST))
+                    with optional("filming"):
+                        frame = Image.fromarray(obs[0])
+                        frames.append(frame.resize((256, 256), Image.Resampling.NEAREST))
                 playing_obs = torch.from_numpy(obs[playing]).to(device)
                 actions = np.zeros(len(chunk), np.int32)
                 actions[playing] = agent.get_action_and_value(playing_obs)[0].cpu().numpy()
@@ -833,9 +860,12 @@ def evaluate(
 
 def check_args(args: Args) -> None:
     """Refuses what cannot work, with one sentence and exit status 2."""
-    games = sorted(set().union(*GAMES_WITH_MODE.values()))
-    require(args, ["env_id"], lambda x: x in games, f"one of {', '.join(games)}")
-    if args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
+    known = (*GAMES, *OWN_ENVS)
+    require(args, ["env_id"], lambda x: x in known, f"one of {', '.join(known)}")
+    if args.env_id in OWN_ENVS:
+        flags = ["distribution_mode", *PROCGEN_OPTIONS]
+        require_default(args, flags, "a Procgen game")
+    elif args.env_id not in GAMES_WITH_MODE[args.distribution_mode]:
         modes = [mode for mode, games in GAMES_WITH_MODE.items() if args.env_id in games]
         refuse(
             f"--distribution-mode {args.distribution_mode} does not exist for {args.env_id}:"
@@ -884,7 +914,8 @@ def check_args(args: Args) -> None:
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
-LOCKS = []  # open files: a lock is held as long as its file is open
+FAILURES: set[str] = set()  # of what is optional, that were said
+WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -901,6 +932,7 @@ FREE_ON_RESUME = (
     "capture_video",
     "track",
     "profile",
+    "cuda",
     "cuda_graphs",
     "env_threads",
     "resume",
@@ -918,6 +950,7 @@ class Run:
     """
 
     def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
+        FAILURES.clear()
         self.args = args
         self.checkpoint = checkpoint
         self.parts: dict[str, Any] = {}
@@ -971,7 +1004,7 @@ class Run:
         self.last_report = (self.global_step, self.train_seconds)
         while self.iteration < self.args.num_iterations and not self.stopping:
             self.iteration += 1
-            self.began_iteration = time.time()
+            self.began_iteration = time.perf_counter()
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
             patience.cancel()
@@ -1068,7 +1101,7 @@ class Run:
     def log_iteration(self, row: dict[str, float]) -> None:
         """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
         checkpoint."""
-        seconds = time.time() - self.began_iteration
+        seconds = time.perf_counter() - self.began_iteration
         self.train_seconds += seconds
         self.profile.end(self.last, self.dir)
         self.episodic_return = row["charts/episodic_return"]
@@ -1233,7 +1266,7 @@ class Profile:
         self.tracing = True
 
     def phase(self, name: str) -> None:
-        if not self.running:
+        if not self.running or torch.compiler.is_compiling():
             return
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
@@ -1315,10 +1348,15 @@ def write_file(path: Path, content: Any) -> None:
 def append_row(path: Path, columns: dict[str, Any]) -> None:
     """A row of a CSV file; the first one is preceded by the header."""
     cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values()]
-    with open(path, "a") as file:
-        if file.tell() == 0:
-            file.write(",".join(columns) + "\n")
-        file.write(",".join(cells) + "\n")
+    row = ",".join(cells) + "\n"
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if size == 0:
+            row = ",".join(columns) + "\n" + row
+        written = file.write(row.encode())
+        if written < len(row):  # what is missing would be the next row's beginning
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cut_rows(path: Path, global_step: int) -> None:
@@ -1346,28 +1384,48 @@ def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
         frames[0].save(path, save_all=True, append_images=more, duration=milliseconds, loop=0)
 
 
-def claim_run_dir(args: Args) -> Path:
-    """The run's directory, which no other process can have while this one lives."""
+@contextlib.contextmanager
+def claimed_run_dir(args: Args) -> Iterator[Path]:
+    """The run's directory, which no other process can have meanwhile."""
     directory = Path(args.resume or args.run_dir or default_run_dir(args))
     if RANK > 0:
-        return directory
-    flag = f"--{'resume' if args.resume else 'run-dir'} {shlex.quote(str(directory))}"
+        yield directory
+        return
+    quoted = shlex.quote(str(directory))
+    flag = f"--{'resume' if args.resume else 'run-dir'} {quoted}"
+
+    def refuse_another_run() -> None:
+        if not args.resume and (directory / "progress.csv").exists():
+            other = f"choose another directory, or --resume {quoted}"
+            refuse(f"{flag} already holds a run: {other}.")
+
+    refuse_another_run()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / "lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, at a kill too
-        LOCKS.append(lock)
-        if not args.resume and (directory / "progress.csv").exists():
-            other = f"choose another directory, or --resume {shlex.quote(str(directory))}"
-            refuse(f"{flag} already holds a run: {other}.")
-        for leftover in directory.glob("*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        lock = lock_file(directory / "lock")
+        refuse_another_run()  # that ended before the lock was ours
+        for name in WRITTEN:
+            for leftover in directory.glob(f"{name}.*.tmp"):  # of a process that was killed
+                leftover.unlink()
         write_file(directory / "args.json", asdict(args))
     except BlockingIOError:
         refuse(f"{flag} is in use: another process trains there. Choose another directory.")
     except OSError as error:
         refuse(f"{flag} cannot be written: {error.strerror}.")
-    return directory
+    with lock:
+        yield directory
+
+
+def lock_file(path: Path) -> io.TextIOWrapper:
+    """The open file: its lock lasts until it is closed, at the latest by the process's end."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+        # a file system without locks
+    return file
 
 
 def default_run_dir(args: Args) -> Path:
@@ -1455,8 +1513,10 @@ def deterministic_gradients(args: Args) -> Iterator[None]:
     other operations slower."""
     wanted = args.compile and args.torch_deterministic
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:
@@ -1552,20 +1612,26 @@ def say(line: str, every_process: bool = False) -> None:
     if RANK > 0 and not every_process:
         return
     try:
-        print(line, flush=True)
-    except UnicodeError:
-        print(ascii(line), flush=True)
-    except (OSError, ValueError):  # a closed pipe, a full disk
-        sys.stdout = open(os.devnull, "w")
+        try:
+            print(line, flush=True)
+        except UnicodeError:  # what the screen's encoding lacks, as a path has it
+            sys.stdout.buffer.write(f"{line}\n".encode(errors="surrogateescape"))
+            sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # a closed pipe, a full disk: to nowhere
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def optional(what: str) -> Iterator[None]:
-    """Of what a training can do without: if it fails, a line says so, and the run goes on."""
+    """Of what a training can do without: if it fails, a line says so, once, and the run goes on."""
     try:
         yield
     except Exception as error:
-        say(f"{what} failed, the run goes on: {type(error).__name__}: {error}")
+        line = f"{what} failed, the run goes on: {type(error).__name__}: {error}"
+        if line not in FAILURES:
+            say(line)
+        FAILURES.add(line)
 
 
 def refuse(reason: str, status: int = 2) -> None:
@@ -1599,6 +1665,8 @@ def check_common_args(args: Args) -> None:
     sizes = ["num_envs", "num_steps", "num_minibatches", "update_epochs"]
     sizes += ["total_timesteps", "eval_episodes"]
     require(args, sizes, lambda x: x >= 1, "at least 1")
+    most = 10**6
+    require(args, ["eval_episodes"], lambda x: x <= most, f"at most {most}")
     counts = ["seed", "checkpoint_interval", "eval_interval", "ent_coef", "vf_coef"]
     require(args, counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
     positive = ["learning_rate", "temperature", "max_grad_norm", "clip_coef", "target_kl"]
@@ -1606,6 +1674,8 @@ def check_common_args(args: Args) -> None:
     shares = ["gamma", "gae_lambda", "staleness_coef", "rho"]
     require(args, shares, lambda x: 0 <= x <= 1, "between 0 and 1")
     require(args, ["alpha"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+    if args.score_transform not in ("rank", "power", "softmax"):
+        require_default(args, ["temperature"], "--score-transform rank, power or softmax")
     processes = f"a multiple of torchrun's {WORLD} processes"
     require(args, ["num_envs"], lambda x: x % WORLD == 0, processes)
 
@@ -1619,17 +1689,17 @@ def read_flags(default: Args | None = None) -> Args:
         flag = flag.replace("_", "-")
         if kinds.get(flag) is bool and value.lower() in ("true", "false"):
             word = flag if value.lower() == "true" else f"--no-{flag[2:]}"
-        elif kinds.get(flag) is int and equals:
+        elif kinds.get(flag) in (int, int | None) and equals:
             word = f"{flag}={whole_number(value)}"
-        elif flags and kinds.get(flags[-1].replace("_", "-")) is int:
+        elif flags and kinds.get(flags[-1].replace("_", "-")) in (int, int | None):
             word = whole_number(word)
         flags.append(word)
     return tyro.cli(Args, args=flags, default=default)
 
 
 def whole_number(text: str) -> str:
-    """25e6 -> 25000000; what is no such number stays as it is."""
-    if not re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()):
+    """25e6, 2.5e+07, 25000000.0 -> 25000000; what is no such number stays as it is."""
+    if text.isdigit() or not re.fullmatch(r"\d+(\.\d*)?(e\+?\d+)?", text.lower()):
         return text
     number = float(text)
     return str(int(number)) if number.is_integer() else text
@@ -1638,6 +1708,8 @@ def whole_number(text: str) -> str:
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """The flags, and the checkpoint of the run in --resume or --evaluate."""
     args = read_flags()
+    if args.evaluate and args.resume:
+        refuse(f"--resume {args.resume} does nothing with --evaluate.")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
     if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
@@ -1714,20 +1786,21 @@ def main() -> None:
         return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    directory = claim_run_dir(args)
     # TensorBoard's: the next add_scalar raises again what its writing thread met
     threading.excepthook = lambda _: None
-    try:
-        train(args, Run(args, directory, checkpoint))
-    except Exception as error:  # a full disk, a dead environment, a loss that is not finite
-        with contextlib.suppress(OSError):
-            (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
-        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        details = f"{directory}/error_{RANK}.txt has details"
-        details += f"; to go on: --resume {shlex.quote(str(directory))}"
-        refuse(f"{what}. {details}", status=1)
+    with claimed_run_dir(args) as directory:
+        try:
+            train(args, Run(args, directory, checkpoint))
+        except Exception as error:  # a full disk, a dead environment, a loss that is not finite
+            with contextlib.suppress(OSError):
+                (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
+            what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
+            details = f"{directory}/error_{RANK}.txt has details"
+            resume = f"to go on: --resume {shlex.quote(str(directory))}"
+            refuse(f"{what}. {details}; {resume}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
-        sys.stdout.flush()
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stdout.flush()
         os._exit(0)
 
 

@@ -21,12 +21,13 @@ episode is scored too (not by max_mc, which needs whole ones).
 
 import signal
 
-if __name__ == "__main__":
+if __name__ == "__main__" and signal.getsignal(signal.SIGINT) is not signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C while the rest is imported is no error
 
 import contextlib
 import ctypes
 import datetime
+import errno
 import fcntl
 import functools
 import importlib.util
@@ -363,7 +364,7 @@ def train(args: Args, run: "Run") -> None:
 
     # ---- storage on the device: this process's environments ----
     next_obs, _ = envs.reset(seed=0)  # every later observation is copied to these tensors
-    images = torch.zeros((T, *next_obs["image"].shape), dtype=torch.uint8, device=device)
+    images = next_obs["image"].new_zeros((T, *next_obs["image"].shape))  # of the same dtype
     directions = torch.zeros((T, n), dtype=torch.int64, device=device)
     begins = torch.zeros((T, n), device=device)  # 1: images[t] begins an episode
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
@@ -521,7 +522,7 @@ def train(args: Args, run: "Run") -> None:
         learns = replay or args.curriculum != "robust_plr"  # else there is nothing to compute
         for epoch in range(args.update_epochs if learns else 0):
             for mb_envs in deal_environments(N, args.num_minibatches):
-                length = packed_length(dones[:, mb_envs], 32 if run.graphs else 1)
+                length = packed_length(dones[:, mb_envs], 1 if device.type == "cpu" else 32)
                 approx_kl = learn(mb_envs.to(device), length=length)
                 updates += 1
             if args.target_kl is not None and gather(approx_kl[None]).sum() > args.target_kl:
@@ -1141,6 +1142,12 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
 SHOWN = {"solved": "solved_mean"}  # of an evaluation, on the screen
 
 
+def add_frame(film: list[Image.Image] | None, envs: gym.vector.VectorEnv) -> None:
+    if film is not None:
+        with optional("filming"):
+            film.append(Image.fromarray(envs.frame()))
+
+
 def play(
     agent: Agent,
     envs: gym.vector.VectorEnv,
@@ -1160,20 +1167,19 @@ def play(
         action, _, _, next_state = agent.act(next_obs, state, noise.exponential_())
         obs, reward, terminations, truncations, _ = envs.step(action)
         overwrite(next_obs, obs)
-        torch.stack(next_state, out=state)
+        state.copy_(torch.stack(next_state))
         torch.stack((reward, (terminations | truncations).float()), out=outcome)
 
     act_and_step = CudaGraph(act_and_step, enabled=isinstance(envs, MazeEnvs) and envs.cuda_graphs)
     agent.prepare_to_act()
     playing = np.ones(envs.num_envs, bool)
     returns = np.zeros(envs.num_envs)
-    if film is not None:
-        film.append(Image.fromarray(envs.frame()))
+    add_frame(film, envs)
     while playing.any():
         act_and_step()
         reward, done = outcome.cpu().numpy()
-        if film is not None and playing[0]:
-            film.append(Image.fromarray(envs.frame()))
+        if playing[0]:
+            add_frame(film, envs)
         returns += reward * playing
         done = done > 0
         playing &= ~done
@@ -1350,7 +1356,8 @@ def check_environment(env_id: str, max_steps: int | None) -> int:
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
-LOCKS = []  # open files: a lock is held as long as its file is open
+FAILURES: set[str] = set()  # of what is optional, that were said
+WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -1367,6 +1374,7 @@ FREE_ON_RESUME = (
     "capture_video",
     "track",
     "profile",
+    "cuda",
     "cuda_graphs",
     "env_threads",
     "resume",
@@ -1384,6 +1392,7 @@ class Run:
     """
 
     def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
+        FAILURES.clear()
         self.args = args
         self.checkpoint = checkpoint
         self.parts: dict[str, Any] = {}
@@ -1437,7 +1446,7 @@ class Run:
         self.last_report = (self.global_step, self.train_seconds)
         while self.iteration < self.args.num_iterations and not self.stopping:
             self.iteration += 1
-            self.began_iteration = time.time()
+            self.began_iteration = time.perf_counter()
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
             patience.cancel()
@@ -1534,7 +1543,7 @@ class Run:
     def log_iteration(self, row: dict[str, float]) -> None:
         """Stops the clock, too: charts/SPS is of rollout and update, without evaluation, log and
         checkpoint."""
-        seconds = time.time() - self.began_iteration
+        seconds = time.perf_counter() - self.began_iteration
         self.train_seconds += seconds
         self.profile.end(self.last, self.dir)
         self.episodic_return = row["charts/episodic_return"]
@@ -1699,7 +1708,7 @@ class Profile:
         self.tracing = True
 
     def phase(self, name: str) -> None:
-        if not self.running:
+        if not self.running or torch.compiler.is_compiling():
             return
         if self.device.type == "cuda":
             if torch.cuda.is_current_stream_capturing():
@@ -1781,10 +1790,15 @@ def write_file(path: Path, content: Any) -> None:
 def append_row(path: Path, columns: dict[str, Any]) -> None:
     """A row of a CSV file; the first one is preceded by the header."""
     cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values()]
-    with open(path, "a") as file:
-        if file.tell() == 0:
-            file.write(",".join(columns) + "\n")
-        file.write(",".join(cells) + "\n")
+    row = ",".join(cells) + "\n"
+    with open(path, "ab", buffering=0) as file:
+        size = file.tell()
+        if size == 0:
+            row = ",".join(columns) + "\n" + row
+        written = file.write(row.encode())
+        if written < len(row):  # what is missing would be the next row's beginning
+            file.truncate(size)
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def cut_rows(path: Path, global_step: int) -> None:
@@ -1812,28 +1826,48 @@ def write_gif(path: Path, frames: list[Image.Image], milliseconds: int) -> None:
         frames[0].save(path, save_all=True, append_images=more, duration=milliseconds, loop=0)
 
 
-def claim_run_dir(args: Args) -> Path:
-    """The run's directory, which no other process can have while this one lives."""
+@contextlib.contextmanager
+def claimed_run_dir(args: Args) -> Iterator[Path]:
+    """The run's directory, which no other process can have meanwhile."""
     directory = Path(args.resume or args.run_dir or default_run_dir(args))
     if RANK > 0:
-        return directory
-    flag = f"--{'resume' if args.resume else 'run-dir'} {shlex.quote(str(directory))}"
+        yield directory
+        return
+    quoted = shlex.quote(str(directory))
+    flag = f"--{'resume' if args.resume else 'run-dir'} {quoted}"
+
+    def refuse_another_run() -> None:
+        if not args.resume and (directory / "progress.csv").exists():
+            other = f"choose another directory, or --resume {quoted}"
+            refuse(f"{flag} already holds a run: {other}.")
+
+    refuse_another_run()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        lock = open(directory / "lock", "a")
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel gives it back, at a kill too
-        LOCKS.append(lock)
-        if not args.resume and (directory / "progress.csv").exists():
-            other = f"choose another directory, or --resume {shlex.quote(str(directory))}"
-            refuse(f"{flag} already holds a run: {other}.")
-        for leftover in directory.glob("*.tmp"):  # of a process that was killed
-            leftover.unlink()
+        lock = lock_file(directory / "lock")
+        refuse_another_run()  # that ended before the lock was ours
+        for name in WRITTEN:
+            for leftover in directory.glob(f"{name}.*.tmp"):  # of a process that was killed
+                leftover.unlink()
         write_file(directory / "args.json", asdict(args))
     except BlockingIOError:
         refuse(f"{flag} is in use: another process trains there. Choose another directory.")
     except OSError as error:
         refuse(f"{flag} cannot be written: {error.strerror}.")
-    return directory
+    with lock:
+        yield directory
+
+
+def lock_file(path: Path) -> io.TextIOWrapper:
+    """The open file: its lock lasts until it is closed, at the latest by the process's end."""
+    file = open(path, "a")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if isinstance(error, BlockingIOError):
+            raise
+        # a file system without locks
+    return file
 
 
 def default_run_dir(args: Args) -> Path:
@@ -1921,8 +1955,10 @@ def deterministic_gradients(args: Args) -> Iterator[None]:
     other operations slower."""
     wanted = args.compile and args.torch_deterministic
     torch.use_deterministic_algorithms(wanted, warn_only=True)
-    yield
-    torch.use_deterministic_algorithms(False)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
 
 
 def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.Adam:
@@ -2018,20 +2054,26 @@ def say(line: str, every_process: bool = False) -> None:
     if RANK > 0 and not every_process:
         return
     try:
-        print(line, flush=True)
-    except UnicodeError:
-        print(ascii(line), flush=True)
-    except (OSError, ValueError):  # a closed pipe, a full disk
-        sys.stdout = open(os.devnull, "w")
+        try:
+            print(line, flush=True)
+        except UnicodeError:  # what the screen's encoding lacks, as a path has it
+            sys.stdout.buffer.write(f"{line}\n".encode(errors="surrogateescape"))
+            sys.stdout.flush()
+    except (AttributeError, OSError, ValueError):  # a closed pipe, a full disk: to nowhere
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 @contextlib.contextmanager
 def optional(what: str) -> Iterator[None]:
-    """Of what a training can do without: if it fails, a line says so, and the run goes on."""
+    """Of what a training can do without: if it fails, a line says so, once, and the run goes on."""
     try:
         yield
     except Exception as error:
-        say(f"{what} failed, the run goes on: {type(error).__name__}: {error}")
+        line = f"{what} failed, the run goes on: {type(error).__name__}: {error}"
+        if line not in FAILURES:
+            say(line)
+        FAILURES.add(line)
 
 
 def refuse(reason: str, status: int = 2) -> None:
@@ -2065,6 +2107,8 @@ def check_common_args(args: Args) -> None:
     sizes = ["num_envs", "num_steps", "num_minibatches", "update_epochs"]
     sizes += ["total_timesteps", "eval_episodes"]
     require(args, sizes, lambda x: x >= 1, "at least 1")
+    most = 10**6
+    require(args, ["eval_episodes"], lambda x: x <= most, f"at most {most}")
     counts = ["seed", "checkpoint_interval", "eval_interval", "ent_coef", "vf_coef"]
     require(args, counts, lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
     positive = ["learning_rate", "temperature", "max_grad_norm", "clip_coef", "target_kl"]
@@ -2072,6 +2116,8 @@ def check_common_args(args: Args) -> None:
     shares = ["gamma", "gae_lambda", "staleness_coef", "rho"]
     require(args, shares, lambda x: 0 <= x <= 1, "between 0 and 1")
     require(args, ["alpha"], lambda x: 0 < x <= 1, "above 0 and at most 1")
+    if args.score_transform not in ("rank", "power", "softmax"):
+        require_default(args, ["temperature"], "--score-transform rank, power or softmax")
     processes = f"a multiple of torchrun's {WORLD} processes"
     require(args, ["num_envs"], lambda x: x % WORLD == 0, processes)
 
@@ -2085,17 +2131,17 @@ def read_flags(default: Args | None = None) -> Args:
         flag = flag.replace("_", "-")
         if kinds.get(flag) is bool and value.lower() in ("true", "false"):
             word = flag if value.lower() == "true" else f"--no-{flag[2:]}"
-        elif kinds.get(flag) is int and equals:
+        elif kinds.get(flag) in (int, int | None) and equals:
             word = f"{flag}={whole_number(value)}"
-        elif flags and kinds.get(flags[-1].replace("_", "-")) is int:
+        elif flags and kinds.get(flags[-1].replace("_", "-")) in (int, int | None):
             word = whole_number(word)
         flags.append(word)
     return tyro.cli(Args, args=flags, default=default)
 
 
 def whole_number(text: str) -> str:
-    """25e6 -> 25000000; what is no such number stays as it is."""
-    if not re.fullmatch(r"\d+(\.\d+)?e\d+", text.lower()):
+    """25e6, 2.5e+07, 25000000.0 -> 25000000; what is no such number stays as it is."""
+    if text.isdigit() or not re.fullmatch(r"\d+(\.\d*)?(e\+?\d+)?", text.lower()):
         return text
     number = float(text)
     return str(int(number)) if number.is_integer() else text
@@ -2104,6 +2150,8 @@ def whole_number(text: str) -> str:
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """The flags, and the checkpoint of the run in --resume or --evaluate."""
     args = read_flags()
+    if args.evaluate and args.resume:
+        refuse(f"--resume {args.resume} does nothing with --evaluate.")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
     if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
@@ -2180,20 +2228,21 @@ def main() -> None:
         return
     if args.track and importlib.util.find_spec("wandb") is None:
         refuse("--track needs Weights and Biases: pip install wandb.")
-    directory = claim_run_dir(args)
     # TensorBoard's: the next add_scalar raises again what its writing thread met
     threading.excepthook = lambda _: None
-    try:
-        train(args, Run(args, directory, checkpoint))
-    except Exception as error:  # a full disk, a dead environment, a loss that is not finite
-        with contextlib.suppress(OSError):
-            (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
-        what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
-        details = f"{directory}/error_{RANK}.txt has details"
-        details += f"; to go on: --resume {shlex.quote(str(directory))}"
-        refuse(f"{what}. {details}", status=1)
+    with claimed_run_dir(args) as directory:
+        try:
+            train(args, Run(args, directory, checkpoint))
+        except Exception as error:  # a full disk, a dead environment, a loss that is not finite
+            with contextlib.suppress(OSError):
+                (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
+            what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
+            details = f"{directory}/error_{RANK}.txt has details"
+            resume = f"to go on: --resume {shlex.quote(str(directory))}"
+            refuse(f"{what}. {details}; {resume}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
-        sys.stdout.flush()
+        with contextlib.suppress(AttributeError, OSError, ValueError):
+            sys.stdout.flush()
         os._exit(0)
 
 

@@ -14,6 +14,9 @@ def pytest_addoption(parser):
     parser.addoption(
         "--env-id", help="test_levels.py: a Gymnasium environment, module:Id, or a Procgen game"
     )
+    devices = ("cpu", "cuda", "cpu-check")
+    what = "test_gpu.py: cuda, or cpu-check for its checks without a GPU; cpu skips them"
+    parser.addoption("--device", choices=devices, default="cpu", help=what)
 
 
 @pytest.fixture(params=["ppo_plr_procgen", "ppo_robust_plr_minigrid"])
@@ -60,12 +63,12 @@ def finished_run(shared):
 def brief_run(shared):
     """brief_run(script, flags): the same with more flags and a brief evaluation, in a process
     forked for it."""
-    from support import TINY, Process, made_once
+    from support import Process, made_once, tiny
 
     @functools.cache
     def brief_run(script, flags: str = "") -> Path:
         def make(run_dir: Path) -> None:
-            command = f"{TINY[script.__name__]} {flags} --run-dir {run_dir}"
+            command = f"{tiny(script, flags)} --run-dir {run_dir}"
             done = Process(script, command, run_dir).wait()
             assert done.returncode == 0, done.stderr
 

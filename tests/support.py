@@ -7,6 +7,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -34,6 +35,16 @@ TINY = {  # flags of a whole run of a second or two, in which episodes end and l
     " --num-walls 6 --max-steps 20 --buffer-size 12 --rho 0.3 --total-timesteps 960"
     " --eval-episodes 1",
 }
+
+
+def tiny(script: ModuleType, more: str = "") -> str:
+    """TINY and more flags; without those that a baseline's curriculum refuses."""
+    flags = TINY[script.__name__]
+    if re.search("--curriculum (uniform|sequential|dr)", more):
+        flags = re.sub(r" --(rho|buffer-size) \S+", "", flags)
+    return f"{flags} {more}"
+
+
 HALF = {ppo_plr_procgen: "--total-timesteps 192", ppo_robust_plr_minigrid: "--total-timesteps 576"}
 
 
@@ -281,6 +292,8 @@ class Corridor(gym.vector.VectorEnv):
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Any, dict]:
         mask = (options or {}).get("reset_mask", np.ones(self.num_envs, bool))
+        if isinstance(seed, int):  # as Gymnasium has it
+            seed = list(range(seed, seed + self.num_envs))
         # a registered Gymnasium environment takes nothing else
         assert all(type(level) is int for level in seed)
         self.started += np.array(seed)[mask].tolist()
@@ -301,6 +314,7 @@ class TableAgent(torch.nn.Module):
     def __init__(self, envs: Any = None, precision: str = "fp32"):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.num_actions = LOGITS.shape[-1]
 
     def look_up(self, image: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Images [...] -> log-probabilities [..., actions] and values [...]."""

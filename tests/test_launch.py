@@ -22,6 +22,22 @@ import launch
 
 STEPS = re.search(r"--total-timesteps (\d+)", TINY[script.__name__])[1]
 COMMAND = f"python {script.__name__}.py {TINY[script.__name__]} --checkpoint-interval 0"
+# The script, whose first start of a run waits in its first iteration until it gets a signal, as
+# long as there is a file {hold}. A run is over before a test can send one.
+HELD = """import sys, time
+from pathlib import Path
+sys.path.insert(0, "{root}")
+import {name} as s
+
+class Held(s.Run):
+    def end_iteration(self, envs):
+        while Path("{hold}").exists() and not self.checkpoint and not self.signals:
+            time.sleep(0.005)
+        super().end_iteration(envs)
+
+s.Run = Held
+s.main()
+"""
 
 
 def start(out: Path, *flags: str, command: str = COMMAND, **env: str) -> subprocess.Popen:
@@ -88,6 +104,15 @@ def assert_same_run(run_dir: Path, expected: Path) -> None:
 def out(tmp_path):
     yield tmp_path / "sweep"
     kill(*pids(str(tmp_path)))  # after a test that failed
+
+
+@pytest.fixture
+def held(tmp_path):
+    """The command whose runs are held, and the file that holds them."""
+    hold, path = tmp_path / "hold", tmp_path / f"{script.__name__}.py"
+    path.write_text(HELD.format(root=ROOT, name=script.__name__, hold=hold))
+    hold.touch()
+    return COMMAND.replace(path.name, str(path)), hold
 
 
 # ---- before anything starts ----------------------------------------------------------------------
@@ -176,8 +201,12 @@ def test_a_failed_command_is_quoted():
 # ---- on this machine -----------------------------------------------------------------------------
 
 
-def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_to_the_end(out, finished_run):
-    launcher = start(out, "--seeds", "1", "2")
+@pytest.mark.slow
+def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_to_the_end(
+    out, held, finished_run
+):
+    command, hold = held
+    launcher = start(out, "--seeds", "1", "2", command=command)
     run_dir = out / "seed=1"
     wait_for((run_dir / "progress.csv").exists)
     os.killpg(launcher.pid, signal.SIGINT)  # as a terminal does
@@ -186,7 +215,8 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_to_the_end(out,
     assert checkpoint["global_step"] == rows(run_dir / "progress.csv")[-1]["global_step"]
     assert not (out / "seed=2/args.json").exists()
 
-    printed = finish(start(out, "--seeds", "1", "2", "--at-most", "2"))
+    hold.unlink()
+    printed = finish(start(out, "--seeds", "1", "2", "--at-most", "2", command=command))
     finished = table(printed)
     assert list(finished) == ["seed=1", "seed=2"] and printed.splitlines()[-1] == "2 finished"
     assert commands(run_dir) == ["--run-dir", "--resume"]
@@ -198,22 +228,24 @@ def test_ctrl_c_leaves_a_checkpoint_and_the_same_command_goes_on_to_the_end(out,
         assert float(cells[2]) == [x for x in returns if x == x][-1]  # the last that is not nan
 
     before = {path: path.stat().st_mtime_ns for path in out.rglob("*")}
-    assert table(finish(start(out, "--seeds", "1", "2"))) == finished
+    assert table(finish(start(out, "--seeds", "1", "2", command=command))) == finished
     assert table(finish(start(out, "--table", command=""))) == finished
     assert before == {path: path.stat().st_mtime_ns for path in out.rglob("*")}
 
 
-def test_a_run_outlives_its_launcher_and_goes_on_after_kill_9(out, finished_run):
-    launcher = start(out, command=COMMAND.replace("interval 0", "interval 1"))
+@pytest.mark.slow
+def test_a_run_outlives_its_launcher_and_goes_on_after_kill_9(out, held, finished_run):
+    command = held[0].replace("interval 0", "interval 1")
+    launcher = start(out, command=command)
     run_dir = out / "seed=1"
     wait_for((run_dir / "progress.csv").exists)
     (training,) = pids(f"--run-dir {run_dir}")
     os.kill(training, signal.SIGSTOP)
     kill(launcher.pid, *pids("--work", str(out)))
     launcher.wait()
-    command = COMMAND.replace("interval 0", "interval 1")
     assert states(finish(start(out, command=command), 1)) == ["running"]  # it is left alone
     kill(training)
+    # from the checkpoint of its start, or of the iteration that it was held in
     assert states(finish(start(out, command=command))) == ["finished"]
     assert commands(run_dir) == ["--run-dir", "--resume"]
     assert_same_run(run_dir, finished_run(script))
@@ -256,9 +288,11 @@ for file in $(ls {queue}); do echo "$file $(cat {queue}/$file)"; done
 }
 
 
+@pytest.mark.slow
 def test_on_slurm_a_preempted_job_requeues_itself_and_a_cancelled_one_does_not(
-    out, finished_run, tmp_path
+    out, held, finished_run, tmp_path
 ):
+    command, _ = held
     queue = tmp_path / "queue"
     tools = tmp_path / "bin"
     queue.mkdir()
@@ -268,8 +302,11 @@ def test_on_slurm_a_preempted_job_requeues_itself_and_a_cancelled_one_does_not(
         (tools / name).chmod(stat.S_IRWXU)
     flags = "--executor slurm --seeds 1 2 --at-most 2 --sbatch partition=gpu time=9".split()
     env = {"PATH": f"{tools}:{os.environ['PATH']}"}
-    assert states(finish(start(out, *flags, **env))) == ["running", "running"]
-    assert states(finish(start(out, *flags, **env))) == ["running", "running"]  # not twice
+    assert states(finish(start(out, *flags, command=command, **env))) == ["running", "running"]
+    assert states(finish(start(out, *flags, command=command, **env))) == [
+        "running",
+        "running",
+    ]  # not twice
     batch = (out / "batch.sh").read_text()
     for option in ("array=0-1%2", "signal=USR1@300", "partition=gpu", "time=9", "requeue"):
         assert batch.count(f"#SBATCH --{option}\n") == 1
@@ -284,6 +321,6 @@ def test_on_slurm_a_preempted_job_requeues_itself_and_a_cancelled_one_does_not(
     assert commands(out / "seed=2") == ["--run-dir"]
     assert not (out / "seed=2/result.json").exists()
     assert_same_run(out / "seed=1", finished_run(script))
-    printed = finish(start(out, *flags, "--dry-run")).splitlines()
+    printed = finish(start(out, *flags, "--dry-run", command=command)).splitlines()
     assert printed[0] == f"# {out}/seed=1: finished"
-    assert printed[1] == f"python {script.__name__}.py --resume {out}/seed=2"
+    assert printed[1] == f"python {tmp_path}/{script.__name__}.py --resume {out}/seed=2"

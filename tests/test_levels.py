@@ -246,7 +246,10 @@ UNFIT = {  # environment: where and what first differs
 }
 
 
-@pytest.mark.parametrize("name", UNFIT)
+@pytest.mark.parametrize(
+    "name",
+    [name if name == "Leaky" else pytest.param(name, marks=pytest.mark.slow) for name in UNFIT],
+)
 def test_what_is_unfit_is_found(name, no_env_id):
     where, sentence = UNFIT[name]
     found = problems(f"unfit_levels:{name}-v0")

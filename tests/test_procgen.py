@@ -138,10 +138,11 @@ def test_procgens_own_reset_leaks_state_in_dodgeball():
 def test_the_gymnasium_interface_of_procgen_levels():
     envs = script.ProcgenLevels(3, "bigfish", "easy", 1)
     assert envs.metadata["autoreset_mode"] == gym.vector.AutoresetMode.DISABLED
-    by_list, _ = envs.reset(seed=[10, 11, 12])
+    by_list = envs.reset(seed=[10, 11, 12])[0].copy()  # the next reset or step overwrites it
     by_int, _ = envs.reset(seed=10)
     assert by_int in envs.observation_space and np.array_equal(by_list, by_int)
-    before = envs.step(np.zeros(3, np.int64))[0]
+    before = envs.step(np.zeros(3, np.int64))[0].copy()
+    assert not np.array_equal(before, by_list)
     after, _ = envs.reset(seed=[5, 5, 5], options={"reset_mask": np.array([True, False, True])})
     assert np.array_equal(after[1], before[1]) and np.array_equal(after[0], after[2])
     assert not np.array_equal(after[0], before[0])
@@ -160,9 +161,8 @@ def test_observed_levels_are_the_samplers_assignments(curriculum, monkeypatch, t
     monkeypatch.setattr(script, "ProcgenLevels", Watched)
     monkeypatch.setattr(script, "evaluate", lambda *args: NOTHING)
     rollouts = watch_sampler(script, monkeypatch)
-    flags = (
-        f"{TINY} --env-id bossfight --num-steps 48 --total-timesteps 384 --curriculum {curriculum}"
-    )
+    more = f"--env-id bossfight --num-steps 48 --total-timesteps 384 --curriculum {curriculum}"
+    flags = support.tiny(script, more)
     main(monkeypatch, f"{flags} --run-dir {tmp_path}/run")
     assigned = np.concatenate([rollout.levels for rollout in rollouts])
     assert observed == assigned.tolist()
@@ -199,6 +199,9 @@ class ImageCorridor(Corridor):
 
 
 class Table(TableAgent):
+    def acting_copy(self):
+        return copy.deepcopy(self).requires_grad_(False)
+
     def get_value(self, x):
         return self.look_up(x)[1]
 
@@ -234,7 +237,7 @@ def scaled_rewards(levels: np.ndarray, dones: np.ndarray, gamma: float) -> np.nd
 def test_each_score_by_hand(score, monkeypatch, tmp_path):
     rollouts = watch_sampler(script, monkeypatch)
     monkeypatch.setattr(script, "Agent", Table)
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: ImageCorridor(num_envs))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: ImageCorridor(num_envs))
     flags = "--num-envs 3 --num-steps 14 --total-timesteps 42 --num-minibatches 2 --gamma 0.9"
     flags += " --gae-lambda 0.8"
     flags += f" --num-levels 6 --eval-episodes 3 --reward-norm-gamma 0.95 --score {score}"
@@ -248,6 +251,104 @@ def test_each_score_by_hand(score, monkeypatch, tmp_path):
     best, _ = best_returns(levels, dones, rewards)
     expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)[score]
     np.testing.assert_allclose(step_scores, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_episode_statistics_equal_a_wrapper_step_by_step():
+    """Over two rollouts: sums of episodes that go on, and rewards scaled as NormalizeReward does,
+    without its centring, clipped."""
+    T, N, gamma, rng = 7, 3, 0.9, np.random.default_rng(0)
+    statistics = script.EpisodeStatistics(N, gamma)
+    rms = gym.wrappers.utils.RunningMeanStd()
+    discounted, raw, scaled_sum, length = (np.zeros(N) for _ in range(4))
+    for _ in range(2):
+        rewards = rng.normal(size=(T, N)).astype(np.float32) * rng.choice([1, 9], (T, N))
+        rewards[0, 0] *= 1000 * (rewards[0, 0] > 0)
+        rewards, ended = rewards.astype(np.float32), rng.random((T, N)) < 0.3
+        expected, episodes = np.zeros((T, N)), []
+        for t in range(T):
+            discounted = discounted * gamma + rewards[t]
+            rms.update(discounted)
+            expected[t] = np.clip(rewards[t] / np.sqrt(rms.var + 1e-8), -10, 10)
+            discounted[ended[t]] = 0
+            raw, scaled_sum, length = raw + rewards[t], scaled_sum + expected[t], length + 1
+            for i in np.flatnonzero(ended[t]):
+                episodes.append((raw[i], length[i], scaled_sum[i]))
+                raw[i] = scaled_sum[i] = length[i] = 0
+        # as a checkpoint would
+        other = script.EpisodeStatistics(N, gamma)
+        other.load_state_dict(statistics.state_dict())
+        scaled, finished = statistics.add(rewards, ended)
+        np.testing.assert_array_equal(other.add(rewards, ended)[0], scaled)
+        assert scaled.dtype == np.float32 and len(episodes) > 2
+        np.testing.assert_allclose(scaled, expected, rtol=1e-5)
+        names = "return", "length", "scaled_return"
+        for name, column in zip(names, zip(*episodes), strict=True):
+            np.testing.assert_allclose(finished[name], column, rtol=1e-5, atol=1e-5)
+        for name, x in (("return", raw), ("scaled_return", scaled_sum), ("length", length)):
+            np.testing.assert_allclose(statistics.sums[name], x, rtol=1e-5, atol=1e-5)
+
+
+def test_rewards_are_clipped_and_an_episode_goes_on_in_the_next_rollout():
+    statistics = script.EpisodeStatistics(2, 0.5)
+    no, yes = [False, False], [True, False]
+    rewards = np.array([[1, 2], [3, 4]], np.float32)
+    _, finished = statistics.add(rewards, np.array([no, no]))
+    assert all(len(x) == 0 for x in finished.values())
+    _, finished = statistics.add(rewards, np.array([no, yes]))
+    assert finished["return"].tolist() == [8] and finished["length"].tolist() == [4]
+    assert statistics.sums["return"].tolist() == [0, 12]
+    assert statistics.sums["discounted_return"].tolist() == [0, 4 + (2 + (4 + 2 / 2) / 2) / 2]
+    quiet = script.EpisodeStatistics(2, 0.5)
+    quiet.add(np.zeros((100, 2), np.float32), np.zeros((100, 2), bool))
+    scaled, _ = quiet.add(np.array([[50, -50]], np.float32), np.array([no]))
+    assert (abs(scaled) <= 10).all() and scaled[0, 0] == -scaled[0, 1] > 9
+
+
+def test_the_parts_of_a_minibatch_are_all_of_it(monkeypatch):
+    T, N = 5, 6
+    mb_inds = torch.randperm(T * N, generator=torch.Generator().manual_seed(0))[:14]
+    mine, where = script.part_of_minibatch(mb_inds, N)
+    assert mb_inds[mine].tolist() == where.tolist() == mb_inds.tolist()
+    monkeypatch.setattr(script, "WORLD", 2)
+    whole, seen = torch.arange(T * N).view(T, N), []
+    for rank in range(2):
+        monkeypatch.setattr(script, "RANK", rank)
+        mine, where = script.part_of_minibatch(mb_inds, N)
+        own = whole[:, rank * 3 : (rank + 1) * 3].flatten()  # the storage of this process
+        assert own[where].tolist() == mb_inds[mine].tolist()
+        seen += own[where].tolist()
+    assert sorted(seen) == sorted(mb_inds.tolist())
+
+
+LARGE = {
+    "near 88": [88, 88, 87],
+    "at 100": [100, 100, 99],
+    "about -110": [-110, -110.5, -109, -110, -111, -110.2, *[-112] * 9],
+    "far apart": [-2000, 3000, 2999, 0, 2998.5, -5000],
+    "all alike": [1e4] * 15,
+    "ordinary": np.linspace(-1, 1, 15).tolist(),
+}
+
+
+@pytest.mark.parametrize("noisy", [True, False])
+@pytest.mark.parametrize("logits", LARGE)
+def test_actions_are_drawn_with_the_policys_probabilities(logits, noisy):
+    torch.manual_seed(0)
+    wanted = np.resize(LARGE[logits], 15) * (np.arange(15) < len(LARGE[logits]))
+    agent, n = script.Agent(script.make_envs(script.Args(), 1, torch.device("cpu"))), 50_000
+    agent.hidden = lambda x: torch.zeros(len(x), 256)
+    agent.actor.bias.data.copy_(torch.from_numpy(wanted))
+    noise = torch.empty(n, 15).exponential_() if noisy else None
+    with torch.no_grad():
+        action, logprob, entropy, _, got = agent.get_action_and_value(torch.zeros(n), noise=noise)
+    p = np.exp(wanted - wanted.max())
+    p /= p.sum()
+    # normalised, to what float32 holds of the logits' sum
+    np.testing.assert_allclose(got[0].exp(), p, atol=1e-6 + 2**-23 * abs(wanted).max())
+    share = np.bincount(action, minlength=15) / n
+    assert (abs(share - p) <= 5 * np.sqrt(p * (1 - p) / n)).all(), share
+    torch.testing.assert_close(got.gather(-1, action[:, None])[:, 0], logprob)
+    assert entropy.isfinite().all()
 
 
 def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
@@ -275,7 +376,7 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
 
     monkeypatch.setattr(script, "Agent", Watched)
     rollouts = watch_sampler(script, monkeypatch)
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: ImageCorridor(num_envs))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: ImageCorridor(num_envs))
     monkeypatch.setattr(torch, "randperm", recorded)
     flags = "--num-envs 2 --num-steps 12 --total-timesteps 24 --num-minibatches 2"
     flags += " --update-epochs 2 --gamma 0.9"
@@ -312,23 +413,27 @@ def test_one_ppo_update_equals_a_plain_implementation(monkeypatch, tmp_path):
 def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_stream_alone(
     monkeypatch,
 ):
-    made = []
+    made, whole_resets = [], []
 
-    def make(args, num_envs):
-        made.append(ImageCorridor(num_envs))
+    class Noted(ImageCorridor):
+        def reset(self, *, seed, options=None):
+            if options is None:
+                whole_resets.extend(seed)
+            return super().reset(seed=seed, options=options)
+
+    def make(args, num_envs, device):
+        made.append(Noted(num_envs))
         return made[-1]
 
     monkeypatch.setattr(script, "make_envs", make)
+    monkeypatch.setattr(script, "EVALUATION_ENVS", {})
     args = script.Args(env_id="bigfish", eval_episodes=150, num_levels=40)
     before = torch.get_rng_state()
     result = script.evaluate(Table(None), args, torch.device("cpu"))
     assert torch.equal(before, torch.get_rng_state())
     episodes = result["episodes"]
-    assert [len(envs.started) for envs in made] == [150, 150]  # in two chunks
-    assert (
-        sum((envs.started for envs in made), [])
-        == episodes["test_levels"] + episodes["train_levels"]
-    )
+    assert [envs.num_envs for envs in made] == [150]  # for both chunks
+    assert whole_resets == episodes["test_levels"] + episodes["train_levels"]
     for part in ("test", "train"):
         expected = [
             REWARDS[level % 3][: LENGTHS[level % 3]].sum() for level in episodes[f"{part}_levels"]
@@ -360,7 +465,7 @@ class Bandit(Corridor):
 
 
 def test_it_learns_on_another_environment(monkeypatch, tmp_path):
-    monkeypatch.setattr(script, "make_envs", lambda args, num_envs: Bandit(num_envs))
+    monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: Bandit(num_envs))
     flags = "--num-envs 8 --num-steps 32 --total-timesteps 2560 --num-minibatches 2"
     flags += " --num-levels 6 --eval-episodes 4"
     main(monkeypatch, f"{flags} --learning-rate 0.001 --run-dir {tmp_path}/run")
@@ -385,7 +490,7 @@ def test_a_finished_run(finished_run):
 
 
 def test_missing_system_libraries_are_named(monkeypatch, tmp_path, capsys):
-    def no_library(*args):
+    def no_library(*args, **options):
         raise OSError("libGL.so.1: cannot open shared object file: No such file or directory")
 
     monkeypatch.setattr(script.ProcgenLevels, "__init__", no_library)

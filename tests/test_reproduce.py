@@ -79,6 +79,7 @@ def test_gradient_matched_means_as_many_replays_as_dr_has_rollouts():
 @pytest.mark.parametrize(
     ("kind", "others"), [("procgen", "minigrid"), ("mazes --gradient-matched", "procgen")]
 )
+@pytest.mark.slow
 def test_neither_kind_needs_the_others_environments(kind, others):
     """Nor has it to import a training script that would."""
     text = f"""import sys
@@ -93,6 +94,7 @@ reproduce.main()
     assert done.returncode == 0 and done.stdout.startswith("python ppo_"), done.stderr
 
 
+@pytest.mark.slow
 def test_a_run_is_trained_copied_and_not_trained_again(tmp_path, monkeypatch, capsys):
     """As a user does it, with the shortest training there is."""
     out = tmp_path / "out"

@@ -26,7 +26,14 @@ from support import gae_as_a_sum
 from plr_sampler import TRANSFORMS, LevelSampler, StepScorer, invert
 
 GOLDEN = json.loads((Path(__file__).parent / "data" / "level_sampler_golden.json").read_text())
-SETTINGS = ("score_transform", "temperature", "eps", "staleness_coef", "staleness_transform", "staleness_temperature")
+SETTINGS = (
+    "score_transform",
+    "temperature",
+    "eps",
+    "staleness_coef",
+    "staleness_transform",
+    "staleness_temperature",
+)
 RANK = {"staleness_coef": 0.0, "temperature": 1.0}
 COUNTS = ("evicted", "rejected", "late")
 BUFFER = {"rho": 0.5, "level_space": 100}
@@ -70,7 +77,9 @@ def known(s):
 
 
 def balanced(s):
-    return s.counts["started"] == s.counts["completed"] + (s.playing >= 0).sum() + s.counts["dropped"]
+    return (
+        s.counts["started"] == s.counts["completed"] + (s.playing >= 0).sum() + s.counts["dropped"]
+    )
 
 
 class Loop:
@@ -145,7 +154,13 @@ class SlowBuffer:
 
     def __init__(self, size, alpha, *weighting):
         self.size, self.alpha, self.weighting = size, alpha, weighting
-        self.score, self.age, self.slot, self.staged, self.counts = {}, {}, {}, {}, dict.fromkeys(COUNTS, 0)
+        self.score, self.age, self.slot, self.staged, self.counts = (
+            {},
+            {},
+            {},
+            {},
+            dict.fromkeys(COUNTS, 0),
+        )
 
     def drawn(self, level):
         if level in self.score:
@@ -169,7 +184,9 @@ class SlowBuffer:
                 self.counts["late"] += 1
         for level, (first, *rest) in fresh.items():
             self.insert(level, self.mix(first, rest))
-        self.staged = {x: since for x, since in self.staged.items() if x not in fresh and x in playing}
+        self.staged = {
+            x: since for x, since in self.staged.items() if x not in fresh and x in playing
+        }
 
     def insert(self, level, score):
         if len(self.score) == self.size:
@@ -186,7 +203,9 @@ class SlowBuffer:
 # ---- the published numbers -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", GOLDEN["weights"], ids=lambda c: f"{c['score_transform']}-{c['staleness_transform']}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["weights"], ids=lambda c: f"{c['score_transform']}-{c['staleness_transform']}"
+)
 def test_published_weights(case):
     s = fixed(len(case["scores"]), **{name: case[name] for name in SETTINGS})
     s.scores[:], s.seen[:], s._clock = case["scores"], ~np.array(case["unseen"], bool), 100
@@ -197,7 +216,11 @@ def test_published_weights(case):
 
 def golden_scores(strategy, rollout):
     if "advantages" in rollout:
-        return np.abs(rollout["advantages"]) if strategy == "value_l1" else np.array(rollout["advantages"])
+        return (
+            np.abs(rollout["advantages"])
+            if strategy == "value_l1"
+            else np.array(rollout["advantages"])
+        )
     logits = np.array(rollout["logits"])
     p = np.exp(logits) / np.exp(logits).sum(-1, keepdims=True)
     if strategy == "policy_entropy":
@@ -206,7 +229,9 @@ def golden_scores(strategy, rollout):
     return 1 - first + (second if strategy == "min_margin" else 0)
 
 
-@pytest.mark.parametrize("case", GOLDEN["rollouts"], ids=lambda c: f"{c['strategy']}-{c['alpha']}-{c['num_envs']}")
+@pytest.mark.parametrize(
+    "case", GOLDEN["rollouts"], ids=lambda c: f"{c['strategy']}-{c['alpha']}-{c['num_envs']}"
+)
 def test_published_scores(case):
     s = fixed(case["num_levels"], case["num_envs"], alpha=case["alpha"])
     for rollout in case["rollouts"]:
@@ -217,7 +242,9 @@ def test_published_scores(case):
 
 # ---- replay distribution ---------------------------------------------------------------------------------------------
 
-LEVELS = st.lists(st.tuples(st.integers(0, 50), st.booleans(), st.integers(0, 99)), min_size=1, max_size=12)
+LEVELS = st.lists(
+    st.tuples(st.integers(0, 50), st.booleans(), st.integers(0, 99)), min_size=1, max_size=12
+)
 
 
 def with_levels(rows, **options):
@@ -233,10 +260,19 @@ def with_levels(rows, **options):
 @given(LEVELS, st.sampled_from([0.0, 0.3, 1.0]), st.sampled_from([0.1, 1.0]))
 @settings(repeatable, max_examples=15)
 def test_weights_sum_to_1_over_seen_levels_only(kind, staleness_kind, rows, coef, t):
-    options = {"score_transform": kind, "staleness_transform": staleness_kind, "staleness_coef": coef, "temperature": t}
+    options = {
+        "score_transform": kind,
+        "staleness_transform": staleness_kind,
+        "staleness_coef": coef,
+        "temperature": t,
+    }
     s = with_levels(rows, **options)
     p = s.weights()
-    assert math.isclose(p.sum(), s.seen.any(), abs_tol=1e-9) and (p >= 0).all() and (p[~s.seen] == 0).all()
+    assert (
+        math.isclose(p.sum(), s.seen.any(), abs_tol=1e-9)
+        and (p >= 0).all()
+        and (p[~s.seen] == 0).all()
+    )
 
 
 @given(LEVELS)
@@ -244,17 +280,26 @@ def test_weights_sum_to_1_over_seen_levels_only(kind, staleness_kind, rows, coef
 def test_rank_ignores_monotone_rescaling(rows):
     base = with_levels(rows).weights()
     for rescale in (lambda x: 3 * x - 70, lambda x: x**3, lambda x: math.exp(x / 10)):
-        np.testing.assert_array_equal(with_levels([(rescale(x), *rest) for x, *rest in rows]).weights(), base)
+        np.testing.assert_array_equal(
+            with_levels([(rescale(x), *rest) for x, *rest in rows]).weights(), base
+        )
 
 
 def test_softmax_is_over_seen_levels_and_never_overflows():
     want = np.array([1, 0, math.e, math.e]) / (1 + 2 * math.e)
     for scale in (1, 1e-1, 1e4):
-        rows = [(x * scale, seen, 0) for x, seen in ((4e3, True), (9e9, False), (4e3 + 1, True), (4e3 + 1, True))]
-        p = with_levels(rows, score_transform="softmax", temperature=scale, staleness_coef=0).weights()
+        rows = [
+            (x * scale, seen, 0)
+            for x, seen in ((4e3, True), (9e9, False), (4e3 + 1, True), (4e3 + 1, True))
+        ]
+        p = with_levels(
+            rows, score_transform="softmax", temperature=scale, staleness_coef=0
+        ).weights()
         np.testing.assert_allclose(p, want, atol=1e-9)
     rows = [(0, True, 4000), (0, False, 99999), (0, True, 4001), (0, True, 4001)]
-    np.testing.assert_allclose(with_levels(rows, staleness_coef=1, staleness_transform="softmax").weights(), want)
+    np.testing.assert_allclose(
+        with_levels(rows, staleness_coef=1, staleness_transform="softmax").weights(), want
+    )
 
 
 @pytest.mark.parametrize("scale", [1e40, 1.0, 1e-40])
@@ -281,12 +326,21 @@ def test_all_zero_power_weights_are_uniform_over_seen_only():
     assert s.weights().tolist() == [0, 0.5, 0, 0.5]
 
 
-EVOLVING = [(0.0, 1.0, 1.0), (0.1, 0.5, 1.0), (0.5, 1.0, 0.5), (1.0, 1.0, 1.0), (1.0, 1.0, 2.0), (1.0, 1.0, 0.25)]
+EVOLVING = [
+    (0.0, 1.0, 1.0),
+    (0.1, 0.5, 1.0),
+    (0.5, 1.0, 0.5),
+    (1.0, 1.0, 1.0),
+    (1.0, 1.0, 2.0),
+    (1.0, 1.0, 0.25),
+]
 
 
 @pytest.mark.parametrize("coef, temperature, age_temperature", EVOLVING)
 def test_draws_follow_weights_while_staleness_evolves(coef, temperature, age_temperature):
-    s = fixed(8, staleness_coef=coef, temperature=temperature, staleness_temperature=age_temperature)
+    s = fixed(
+        8, staleness_coef=coef, temperature=temperature, staleness_temperature=age_temperature
+    )
     score = dict(enumerate(np.random.default_rng(0).normal(size=8).tolist()))
     s.update_scores(list(score), list(score.values()))
     age = dict.fromkeys(score, 0)
@@ -328,7 +382,9 @@ def test_draws_follow_frozen_weights(coef, kind, staleness_kind, temperature, ag
     assert hits[p == 0].sum() == 0 and (p == 0).sum() >= 6
     big = n * p >= 5
     got, want = (np.append(x[big], x[~big].sum()) for x in (hits, n * p))
-    assert ((got - want) ** 2 / np.maximum(want, 1e-9)).sum() < big.sum() + 4 * np.sqrt(2 * big.sum())
+    assert ((got - want) ** 2 / np.maximum(want, 1e-9)).sum() < big.sum() + 4 * np.sqrt(
+        2 * big.sum()
+    )
 
 
 def test_no_draw_falls_on_a_weight_of_0_at_the_edges():
@@ -341,13 +397,23 @@ def test_no_draw_falls_on_a_weight_of_0_at_the_edges():
 
 
 @pytest.mark.parametrize("kind", ["fixed", "buffer", "sequential"])
-@given(SEEDS, st.sampled_from([None, True, False]), st.sampled_from(TRANSFORMS), st.sampled_from([0.0, 0.4, 1.0]))
+@given(
+    SEEDS,
+    st.sampled_from([None, True, False]),
+    st.sampled_from(TRANSFORMS),
+    st.sampled_from([0.0, 0.4, 1.0]),
+)
 @settings(repeatable, max_examples=40)
 def test_many_levels_are_drawn_as_one_by_one(kind, seed, replay, staleness_kind, coef):
     """The same levels, and the same state after it, generator included; also from a level space that is nearly full.
 
     Decisions come first, then the levels to be replayed, then the new ones."""
-    options = {"staleness_transform": staleness_kind, "staleness_coef": coef, "rho": 0.2, "nu": seed % 3 / 2}
+    options = {
+        "staleness_transform": staleness_kind,
+        "staleness_coef": coef,
+        "rho": 0.2,
+        "nu": seed % 3 / 2,
+    }
     options |= {"replay_schedule": ("fixed", "proportionate")[seed % 2], "temperature": 1.0}
     if kind == "buffer":
         options |= {"level_space": (8, 1000, 2**40)[seed % 3]}
@@ -380,8 +446,14 @@ def test_staleness_counts_draws():
 def test_new_levels_compete_with_the_buffer_not_with_each_other():
     """They aged the whole buffer, so that each new level was the next one's victim and old levels stayed for ever."""
     rng, every, changed = np.random.default_rng(0), np.ones(10, bool), []
-    s = fill(buffer(100, 10, staleness_coef=0.3, level_space=10**6), range(100), rng.uniform(0.0, 0.5, 100))
-    for _ in range(50):  # as Robust PLR on mazes: a rollout replays, the next plays new levels, each several times
+    s = fill(
+        buffer(100, 10, staleness_coef=0.3, level_space=10**6),
+        range(100),
+        rng.uniform(0.0, 0.5, 100),
+    )
+    for _ in range(
+        50
+    ):  # as Robust PLR on mazes: a rollout replays, the next plays new levels, each several times
         for replay in (True, False):
             s.drop(every)
             levels, before = s.next_levels(every, replay), s.levels.copy()
@@ -408,10 +480,14 @@ def test_samplers_share_nothing_and_leave_np_random_alone(kind):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_seed_repeats_the_draws_and_another_does_not(kind):  # (S9) thread order used to decide the draws
+def test_a_seed_repeats_the_draws_and_another_does_not(
+    kind,
+):  # (S9) thread order used to decide the draws
     loops = [Loop(make(kind, envs=3, seed=seed)) for seed in (1, 1, 2)]
     [loop.rollout() for loop in loops for _ in range(20)]
-    assert loops[0].draws == loops[1].draws and (loops[1].draws != loops[2].draws or kind == "sequential")
+    assert loops[0].draws == loops[1].draws and (
+        loops[1].draws != loops[2].draws or kind == "sequential"
+    )
 
 
 def through_torch(state):
@@ -450,7 +526,14 @@ def test_a_restored_sampler_continues_the_same(kind, through, seed, steps):
 # ---- scoring ---------------------------------------------------------------------------------------------------------
 
 
-@given(SEEDS, st.integers(1, 12), st.integers(1, 5), st.sampled_from([1.0, 0.5, 0.1]), st.booleans(), st.booleans())
+@given(
+    SEEDS,
+    st.integers(1, 12),
+    st.integers(1, 5),
+    st.sampled_from([1.0, 0.5, 0.1]),
+    st.booleans(),
+    st.booleans(),
+)
 @settings(repeatable, max_examples=150)
 def test_update_equals_plain_loops(seed, steps, envs, alpha, stitch, tails):
     s = fixed(4, envs, seed=seed, alpha=alpha, stitch_episodes=stitch, curriculum="uniform")
@@ -473,7 +556,10 @@ def test_update_returns_a_record_per_segment():  # done in order: env 0 twice, e
     assert [episode.tolist()[:5] for episode in got] == [
         (0, 0, 2, 2, 3), (0, 1, 2, -3, -2), (1, 2, 3, 6, 9), (0, 5, 1, 7, 7), (1, 3, 2, 0.5, 1),
     ]  # fmt: skip
-    assert got.complete.tolist() == [True, True, True, False, False] and np.isnan(got.total_reward).all()
+    assert (
+        got.complete.tolist() == [True, True, True, False, False]
+        and np.isnan(got.total_reward).all()
+    )
 
 
 def test_a_tail_has_just_its_own_steps():  # (D1) one term too many at a tail; (S6) all rows of a larger array
@@ -497,14 +583,20 @@ def test_max_leaves_the_scores_alone():  # (D3) -inf written into the live score
 
 
 @pytest.mark.parametrize("alpha, want", [(1.0, 6.0), (0.5, 4.90625)])
-def test_one_level_in_several_envs_is_scored_in_order(alpha, want):  # (D12) the last write won, whatever it was
+def test_one_level_in_several_envs_is_scored_in_order(
+    alpha, want
+):  # (D12) the last write won, whatever it was
     s = fixed(1, 3, alpha=alpha)
-    s.update(np.zeros((2, 3)), [[1, 3, 4], [2, 9, 5]], [[1, 0, 1], [1, 0, 1]])  # 1, 2, 4, 5, then the tail's 6
+    s.update(
+        np.zeros((2, 3)), [[1, 3, 4], [2, 9, 5]], [[1, 0, 1], [1, 0, 1]]
+    )  # 1, 2, 4, 5, then the tail's 6
     assert s.scores[0] == want
 
 
 @pytest.mark.parametrize("kind", ["fixed", "buffer"])
-def test_unseen_levels_and_empty_slots_take_no_rank(kind):  # (dcd) their zeros outranked negative scores
+def test_unseen_levels_and_empty_slots_take_no_rank(
+    kind,
+):  # (dcd) their zeros outranked negative scores
     s = fill(make(kind, **RANK), [3, 5], [-2.0, -1.0])
     p = dict(zip(s.levels.tolist(), s.weights()))
     assert (p[3], p[5]) == pytest.approx((1 / 3, 2 / 3))
@@ -558,7 +650,9 @@ def test_a_six_step_episode_by_hand():  # (R4)
     s = fixed(3, 2)
     levels, dones = [[2, 1]] * 6, [[0, 0]] * 5 + [[1, 0]]
     values = np.array([[1, 0], [2, 0], [0, 0], [4, 0], [2, 0], [2, 0]], np.float32)
-    next_values = np.array([[2, 0], [0, 0], [4, 0], [2, 0], [2, 0], [0, 0]], np.float32)  # the last one: terminated
+    next_values = np.array(
+        [[2, 0], [0, 0], [4, 0], [2, 0], [2, 0], [0, 0]], np.float32
+    )  # the last one: terminated
     rewards = np.array([[0, 9], [1, 9], [0, 9], [-1, 9], [1, 9], [3, 9]], np.float32)
     # TD errors with gamma = 1/2: 0, -1, 2, -4, 0, 1; advantages with gamma * lambda = 1/4, from the end:
     # 1, 0.25, -3.9375, 1.015625, -0.74609375, -0.1865234375
@@ -566,16 +660,32 @@ def test_a_six_step_episode_by_hand():  # (R4)
     (episode,) = steps_of(scorer, levels, values, next_values, rewards, dones)
     mean = (1 + 0.25 + 3.9375 + 1.015625 + 0.74609375 + 0.1865234375) / 6
     assert episode.tolist() == (0, 2, 6, pytest.approx(mean), pytest.approx(3.9375), True, 4)
-    assert s.scores[2] == pytest.approx(mean) and s.seen.tolist() == [False, False, True] and s.best_returns([2]) == 4
-    (episode,) = scorer.step([2, 1], [0, 0], [0, 7], [0, 0], [0, 1])  # truncated: its own next value counts
+    assert (
+        s.scores[2] == pytest.approx(mean)
+        and s.seen.tolist() == [False, False, True]
+        and s.best_returns([2]) == 4
+    )
+    (episode,) = scorer.step(
+        [2, 1], [0, 0], [0, 7], [0, 0], [0, 1]
+    )  # truncated: its own next value counts
     assert episode.tolist()[:3] == (1, 1, 7) and episode.total_reward == 54
-    last = 0.5 * 7  # and the six before have TD error 9 each: advantages 12 - 3 / 4 ** k + 3.5 / 4 ** k, k steps left
+    last = (
+        0.5 * 7
+    )  # and the six before have TD error 9 each: advantages 12 - 3 / 4 ** k + 3.5 / 4 ** k, k steps left
     want = [last, *(12 * (1 - 0.25**k) + last * 0.25**k for k in range(1, 7))]
-    assert episode.score == pytest.approx(np.mean(want)) and episode.max_score == pytest.approx(max(want))
+    assert episode.score == pytest.approx(np.mean(want)) and episode.max_score == pytest.approx(
+        max(want)
+    )
 
 
 @pytest.mark.parametrize("score", STEP_SCORES)
-@given(SEEDS, st.integers(1, 40), st.integers(1, 4), st.floats(0.05, 1), st.lists(st.integers(1, 39), max_size=3))
+@given(
+    SEEDS,
+    st.integers(1, 40),
+    st.integers(1, 4),
+    st.floats(0.05, 1),
+    st.lists(st.integers(1, 39), max_size=3),
+)
 @settings(repeatable, max_examples=40)
 def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, saves):  # (R5, R13)
     """Also when the sampler goes through a checkpoint in the middle of episodes, as between rollouts of any length."""
@@ -583,7 +693,9 @@ def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, sa
     values, next_values, rewards = rng.normal(size=(3, steps, envs))
     dones, terminated = rng.random((steps, envs)) < end, rng.random((steps, envs)) < 0.5
     dones[-1] = True
-    next_values[:-1] = np.where(dones[:-1], next_values[:-1], values[1:])  # after a truncation: of the last observation
+    next_values[:-1] = np.where(
+        dones[:-1], next_values[:-1], values[1:]
+    )  # after a truncation: of the last observation
     next_values[dones & terminated] = 0
     deltas = rewards + GAE["gamma"] * next_values - values
     advantages = gae_as_a_sum(deltas, dones, GAE["gamma"] * GAE["gae_lambda"])
@@ -602,18 +714,28 @@ def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, sa
     got, scorer = [], StepScorer(online, **GAE, score=STEP_SCORES[score])
     for t in range(steps):
         if t in saves:
-            state, open_episodes = through_torch(online.state_dict()), through_torch(scorer.state_dict())
+            state, open_episodes = (
+                through_torch(online.state_dict()),
+                through_torch(scorer.state_dict()),
+            )
             online = fixed(2 * envs, envs, alpha=0.7, seed=7)
             online.load_state_dict(state)
             scorer = StepScorer(online, **GAE, score=STEP_SCORES[score])
             scorer.load_state_dict(open_episodes)
         got += scorer.step(levels[t], values[t], next_values[t], rewards[t], dones[t]).tolist()
-    assert all(a[:3] == b[:3] for a, b in zip(sorted(got, key=lambda x: x[0]), want.tolist(), strict=True))
-    numbers = [[episode[3:5] for episode in x] for x in (sorted(got, key=lambda x: x[0]), want.tolist())]
+    assert all(
+        a[:3] == b[:3] for a, b in zip(sorted(got, key=lambda x: x[0]), want.tolist(), strict=True)
+    )
+    numbers = [
+        [episode[3:5] for episode in x] for x in (sorted(got, key=lambda x: x[0]), want.tolist())
+    ]
     np.testing.assert_allclose(*numbers, rtol=0, atol=1e-6)
     np.testing.assert_allclose(online.scores, whole.scores, rtol=0, atol=1e-6)
     np.testing.assert_allclose(online.best_return, whole.best_return)
-    assert sum(episode[6] for episode in got) == pytest.approx(rewards.sum()) and "open" not in online.state_dict()
+    assert (
+        sum(episode[6] for episode in got) == pytest.approx(rewards.sum())
+        and "open" not in online.state_dict()
+    )
     assert len(scorer.state_dict()["steps"]) == 0  # nothing is left of episodes that have ended
 
 
@@ -636,7 +758,9 @@ def test_new_levels_enter_the_buffer_step_by_step():
         assert balanced(s) and len(s._candidates) <= 3
         assert (scorer.state_dict()["num_steps"][done] == 0).all()
     assert s.seen.all() and s.counts["evicted"] > 10 and s.counts["replayed"] > 100
-    assert s.counts["late"] < 0.1 * s.counts["completed"]  # replayed in one environment, evicted because of another
+    assert (
+        s.counts["late"] < 0.1 * s.counts["completed"]
+    )  # replayed in one environment, evicted because of another
 
 
 def test_dropped_steps_are_never_scored():  # (R10)
@@ -658,7 +782,12 @@ def test_dropped_new_levels_are_forgotten():  # (R11) for those who report finis
         s.next_levels([True, True])
         s.update_scores(s.playing[:1], [k])
         s.drop([False, True])
-    assert len(s._candidates) == 0 and s.counts["dropped"] == 100 and s.counts["late"] == 0 and balanced(s)
+    assert (
+        len(s._candidates) == 0
+        and s.counts["dropped"] == 100
+        and s.counts["late"] == 0
+        and balanced(s)
+    )
 
 
 # ---- ledger ----------------------------------------------------------------------------------------------------------
@@ -687,7 +816,10 @@ def test_totals_are_the_same_for_1_and_10_environments():  # (R3)
         rows = [s.next_levels(np.ones(envs, bool)), *map(s.next_levels, dones)]
         episodes = s.update(rows[:-1], np.ones(dones.shape), dones)
         assert s.counts["completed"] == episodes.complete.sum() == 1000
-        assert s.counts["started"] == 1000 + envs and episodes.steps[episodes.complete].sum() == lengths.sum()
+        assert (
+            s.counts["started"] == 1000 + envs
+            and episodes.steps[episodes.complete].sum() == lengths.sum()
+        )
 
 
 def test_a_dropped_episode_is_never_scored():  # (R10)
@@ -697,7 +829,10 @@ def test_a_dropped_episode_is_never_scored():  # (R10)
     s.drop([True, False])
     assert s.playing.tolist() == [-1, 1] and balanced(s)
     s.next_levels([True, False], levels=[0, 0])
-    assert s.update([[0, 1]], [[1, 1]], [[1, 1]]).steps.tolist() == [1, 3] and s.scores.tolist() == [1, 1, 0]
+    assert s.update([[0, 1]], [[1, 1]], [[1, 1]]).steps.tolist() == [
+        1,
+        3,
+    ] and s.scores.tolist() == [1, 1, 0]
 
 
 def test_a_drop_in_mid_rollout_loses_no_finished_episode():
@@ -736,7 +871,9 @@ def test_realised_replay_share():
     [loop.step() for _ in range(200)]
     before = dict(loop.s.counts)
     [loop.step() for _ in range(1000)]
-    assert abs((loop.s.counts["replayed"] - before["replayed"]) / 4000 - 0.5) < 4.5 * math.sqrt(0.25 / 4000)
+    assert abs((loop.s.counts["replayed"] - before["replayed"]) / 4000 - 0.5) < 4.5 * math.sqrt(
+        0.25 / 4000
+    )
 
 
 def test_one_decision_serves_a_whole_rollout():  # (R7)
@@ -774,25 +911,38 @@ def test_sequential_deals_levels_in_order_and_uniform_all_alike():
     s = LevelSampler([5, 3, 8], num_envs=2, seed=1, curriculum="sequential")
     assert [s.next_levels([True, True]).tolist() for _ in range(3)] == [[5, 3], [8, 5], [3, 8]]
     s = fixed(5, curriculum="uniform")
-    assert np.abs(np.bincount([s.sample() for _ in range(5000)]) - 1000).max() < 4.5 * math.sqrt(5000 * 0.16)
+    assert np.abs(np.bincount([s.sample() for _ in range(5000)]) - 1000).max() < 4.5 * math.sqrt(
+        5000 * 0.16
+    )
 
 
 SPACES = {"set": {"levels": range(5)}, "buffer": {"buffer_size": 5}, "no buffer": {}}
-COMBINATIONS = [*itertools.product(SPACES, ("plr", "uniform", "sequential"), ("fixed", "proportionate"))]
+COMBINATIONS = [
+    *itertools.product(SPACES, ("plr", "uniform", "sequential"), ("fixed", "proportionate"))
+]
 
 
-@pytest.mark.parametrize("space, curriculum, schedule", [c for c in COMBINATIONS if c[:2] != ("no buffer", "plr")])
+@pytest.mark.parametrize(
+    "space, curriculum, schedule", [c for c in COMBINATIONS if c[:2] != ("no buffer", "plr")]
+)
 def test_every_combination_runs_on_after_all_levels_are_seen(space, curriculum, schedule):
     # (S1) a public method called one that did not exist; (S2) default settings failed once all levels were seen
-    s = LevelSampler(**SPACES[space], num_envs=3, seed=1, curriculum=curriculum, replay_schedule=schedule)
+    s = LevelSampler(
+        **SPACES[space], num_envs=3, seed=1, curriculum=curriculum, replay_schedule=schedule
+    )
     loop = Loop(s, drop=0.1)
     for _ in range(40):
         loop.rollout()
         s.record_returns(s.playing[s.playing >= 0], np.ones((s.playing >= 0).sum()))
         s.update_scores(s.levels[s.seen], s.scores[s.seen])
         s.load_state_dict(s.state_dict())
-        assert math.isclose(s.weights().sum(), s.seen.any()) and s.best_returns(np.array(loop.draws)).max() <= 1
-        assert isinstance(s.decide_replay(), bool) and s.sample() >= 0 and (s.staleness() >= 0).all()
+        assert (
+            math.isclose(s.weights().sum(), s.seen.any())
+            and s.best_returns(np.array(loop.draws)).max() <= 1
+        )
+        assert (
+            isinstance(s.decide_replay(), bool) and s.sample() >= 0 and (s.staleness() >= 0).all()
+        )
         assert all(np.isscalar(x) and np.isfinite(x) for x in s.metrics().values())
     assert s.seen.all() and balanced(s) and (s.counts["replayed"] > 0) == (curriculum == "plr")
 
@@ -800,15 +950,26 @@ def test_every_combination_runs_on_after_all_levels_are_seen(space, curriculum, 
 def test_metrics():
     s = fill(buffer(4, staleness_coef=1.0), [7, 8], [1.0, 3.0])
     m = s.metrics()
-    assert (m["seen_share"], m["score_mean"], m["score_max"], m["staleness_max"]) == (0.5, 2.0, 3.0, 1)
-    assert m["effective_levels"] == pytest.approx(1) and m["staleness_mean"] == 0.5 and m["replay_share"] == 0
+    assert (m["seen_share"], m["score_mean"], m["score_max"], m["staleness_max"]) == (
+        0.5,
+        2.0,
+        3.0,
+        1,
+    )
+    assert (
+        m["effective_levels"] == pytest.approx(1)
+        and m["staleness_mean"] == 0.5
+        and m["replay_share"] == 0
+    )
 
 
 # ---- buffer ----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("seed", range(3))
-@pytest.mark.parametrize("alpha, weighting", [(1.0, (0.3, 0.1, 1.0)), (0.5, (0.1, 1.0, 2.0)), (0.5, (1.0, 1.0, 1.0))])
+@pytest.mark.parametrize(
+    "alpha, weighting", [(1.0, (0.3, 0.1, 1.0)), (0.5, (0.1, 1.0, 2.0)), (0.5, (1.0, 1.0, 1.0))]
+)
 def test_buffer_equals_a_plain_simulation(alpha, weighting, seed):
     names = ("staleness_coef", "temperature", "staleness_temperature")
     s = buffer(6, 3, seed=seed, alpha=alpha, level_space=30, rho=0.5, **dict(zip(names, weighting)))
@@ -818,33 +979,53 @@ def test_buffer_equals_a_plain_simulation(alpha, weighting, seed):
         for level in loop.draws[used:]:
             slow.drawn(level)
         used = len(loop.draws)
-        slow.update([(level, mean) for _, level, _, mean, *_ in slow_segments(*arrays, {})], s.playing.tolist())
-        assert known(s) == pytest.approx(slow.score, abs=1e-12) and {k: s.counts[k] for k in COUNTS} == slow.counts
-        assert s.staleness()[s.seen].tolist() == [slow.age[level] for level in s.levels[s.seen].tolist()]
+        slow.update(
+            [(level, mean) for _, level, _, mean, *_ in slow_segments(*arrays, {})],
+            s.playing.tolist(),
+        )
+        assert (
+            known(s) == pytest.approx(slow.score, abs=1e-12)
+            and {k: s.counts[k] for k in COUNTS} == slow.counts
+        )
+        assert s.staleness()[s.seen].tolist() == [
+            slow.age[level] for level in s.levels[s.seen].tolist()
+        ]
     assert min(slow.counts["evicted"], slow.counts["rejected"]) > 5
 
 
 def full(**options):
     """A buffer of 3 whose lowest replay probability is level 12's: equal staleness weights, lowest score."""
-    return fill(buffer(3, **{**RANK, "staleness_transform": "constant", **options}), [10, 11, 12], [3.0, 2.0, 1.0])
+    return fill(
+        buffer(3, **{**RANK, "staleness_transform": "constant", **options}),
+        [10, 11, 12],
+        [3.0, 2.0, 1.0],
+    )
 
 
 @pytest.mark.parametrize("score, count", [(0.9, "rejected"), (1.0, "evicted"), (1.1, "evicted")])
 def test_a_new_level_needs_a_score_at_least_as_high(score, count):
     s = fill(full(), [20], [score])
-    assert (s.counts[count], (20 in s.levels), (12 in s.levels)) == (1, count == "evicted", count == "rejected")
+    assert (s.counts[count], (20 in s.levels), (12 in s.levels)) == (
+        1,
+        count == "evicted",
+        count == "rejected",
+    )
 
 
 def test_the_lowest_replay_probability_is_evicted_not_the_lowest_score():
     s = full(staleness_coef=1.0, staleness_transform="power")
-    s.next_levels([True], levels=[10])  # the youngest, least probable now, though its score is the highest
+    s.next_levels(
+        [True], levels=[10]
+    )  # the youngest, least probable now, though its score is the highest
     assert fill(s, [20], [2.5]).levels.tolist() == [10, 11, 12] and s.counts["rejected"] == 1
     s.next_levels([True], levels=[10])
     assert fill(s, [20], [3.5]).levels.tolist() == [20, 11, 12]
 
 
 @pytest.mark.parametrize("score, gone", [(9.0, 12), (0.0, 20)], ids=["evicted", "rejected"])
-def test_a_late_score_changes_nothing(score, gone):  # (R11, D6) it overwrote the level that had taken the slot
+def test_a_late_score_changes_nothing(
+    score, gone
+):  # (R11, D6) it overwrote the level that had taken the slot
     s = fill(full(), [20], [score])
     before = s.state_dict()
     s.update_scores([gone, gone], [42.0, 43.0])
@@ -854,7 +1035,9 @@ def test_a_late_score_changes_nothing(score, gone):  # (R11, D6) it overwrote th
 
 
 @pytest.mark.parametrize("score", [0.0, -0.5])
-def test_a_new_level_with_a_score_of_0_or_less_enters(score):  # (D8) such tails stayed staged for ever
+def test_a_new_level_with_a_score_of_0_or_less_enters(
+    score,
+):  # (D8) such tails stayed staged for ever
     s = buffer(3)
     level = s.next_levels([True])[0]
     play(s, [level] * 2, [score] * 2, [0, 0])
@@ -923,7 +1106,10 @@ def test_large_levels_stay_apart(kind, dtype, feed):
         scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.zeros(6))
         saved, scorer = through_torch(scorer.state_dict()), StepScorer(s, gamma=0.0, gae_lambda=0.0)
         scorer.load_state_dict(saved)
-        assert scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.ones(6)).level.tolist() == LARGE
+        assert (
+            scorer.step(levels, np.zeros(6), np.zeros(6), scores, np.ones(6)).level.tolist()
+            == LARGE
+        )
     alpha = 0.5 if kind == "fixed" else 1  # a new level's first score is its mean
     assert known(s) == dict(zip(LARGE, (alpha * scores).tolist())) and s.counts["late"] == 0
     best = scores - 1 if feed != "StepScorer" else np.maximum(scores - 1, 2 * scores)
@@ -939,11 +1125,17 @@ def test_a_tail_is_not_resumed_by_the_next_large_level():
 
 @pytest.mark.parametrize("kind", ["buffer", "stitched"])
 def test_a_large_level_space_is_scored_and_restored(kind):
-    small, a = (Loop(make(kind, size=50, envs=8, level_space=n), steps=4, score_tails=False) for n in (2**31, 2**62))
+    small, a = (
+        Loop(make(kind, size=50, envs=8, level_space=n), steps=4, score_tails=False)
+        for n in (2**31, 2**62)
+    )
     for _ in range(60):
         small.rollout(), a.rollout()
     for count in ("late", "evicted", "completed"):
-        assert a.s.counts[count] == pytest.approx(small.s.counts[count], rel=0.2) and a.s.counts[count] > 50
+        assert (
+            a.s.counts[count] == pytest.approx(small.s.counts[count], rel=0.2)
+            and a.s.counts[count] > 50
+        )
     b = copy.deepcopy(a)
     b.s = make(kind, size=50, envs=8, level_space=2**62, seed=2)
     b.s.load_state_dict(through_torch(a.s.state_dict()))
@@ -955,10 +1147,17 @@ def test_a_large_level_space_is_scored_and_restored(kind):
 
 
 @pytest.mark.parametrize("kind", ["fixed", "buffer"])
-@pytest.mark.parametrize("bad", ["negative", "uint64", "beyond", "half", "nan", "rounded", "float32", "bool", "text"])
+@pytest.mark.parametrize(
+    "bad", ["negative", "uint64", "beyond", "half", "nan", "rounded", "float32", "bool", "text"]
+)
 def test_what_is_no_level_is_refused(kind, bad):
     """uint64 numbers from 2**63 on became negative, halves the level below, nan -2**63."""
-    values = {"negative": [-1], "uint64": np.array([2**63], np.uint64), "beyond": [2**64], "half": [0.5]}
+    values = {
+        "negative": [-1],
+        "uint64": np.array([2**63], np.uint64),
+        "beyond": [2**64],
+        "half": [0.5],
+    }
     values |= {"nan": [math.nan], "rounded": [2.0**53], "float32": np.array([2**24], np.float32)}
     values |= {"bool": [True], "text": ["1"]}
     level = values[bad]
@@ -971,7 +1170,9 @@ def test_what_is_no_level_is_refused(kind, bad):
     ]  # fmt: skip
     before = copy.deepcopy((s.state_dict(), scorer.state_dict()))
     for call in calls:
-        with pytest.raises(ValueError, match="levels must be integers from 0 to 2\\*\\*63 - 1, not"):
+        with pytest.raises(
+            ValueError, match="levels must be integers from 0 to 2\\*\\*63 - 1, not"
+        ):
             call()
     np.testing.assert_equal((s.state_dict(), scorer.state_dict()), before)
 
@@ -1004,7 +1205,9 @@ def test_best_returns_of_candidates_and_of_the_buffer_at_once():
     levels = np.random.default_rng(0).integers(100, size=(30, 40))
     want = [[best.get(level, 9.0) for level in row] for row in levels.tolist()]
     assert s.best_returns(levels, 9.0).tolist() == want
-    assert s.best_returns(levels[0, 0], 9.0) == want[0][0] and s.best_returns([], 9.0).tolist() == []
+    assert (
+        s.best_returns(levels[0, 0], 9.0) == want[0][0] and s.best_returns([], 9.0).tolist() == []
+    )
 
 
 def test_best_return_follows_the_level():
@@ -1034,15 +1237,32 @@ def test_best_return_of_an_episode_that_spans_rollouts(options):  # (R13)
 # ---- ergonomics ------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
-    *(({name: "nope"}, name) for name in ("curriculum", "score_transform", "staleness_transform", "replay_schedule")),
-    *(({name: bad}, name) for name in ("eps", "staleness_coef", "rho", "nu", "alpha") for bad in (-0.1, 1.1, math.nan)),
-    *(({name: bad}, name) for name in ("temperature", "staleness_temperature", "num_envs") for bad in (0, -1)),
+    *(
+        ({name: "nope"}, name)
+        for name in ("curriculum", "score_transform", "staleness_transform", "replay_schedule")
+    ),
+    *(
+        ({name: bad}, name)
+        for name in ("eps", "staleness_coef", "rho", "nu", "alpha")
+        for bad in (-0.1, 1.1, math.nan)
+    ),
+    *(
+        ({name: bad}, name)
+        for name in ("temperature", "staleness_temperature", "num_envs")
+        for bad in (0, -1)
+    ),
     *(({"levels": bad}, "levels") for bad in ([], [1, 1], [-1, 2], [0.5, 1.5], None)),
     ({"alpha": 0.0}, "alpha"),
     ({"buffer_size": 3}, "buffer_size"),
     ({"levels": None, "buffer_size": -3}, "buffer_size"),
-    ({"levels": None, "buffer_size": 8, "level_space": 8}, "level_space"),  # no new level could ever be found
-    ({"levels": None, "buffer_size": 8, "level_space": 2**63}, "level_space"),  # int64 cannot hold all of them
+    (
+        {"levels": None, "buffer_size": 8, "level_space": 8},
+        "level_space",
+    ),  # no new level could ever be found
+    (
+        {"levels": None, "buffer_size": 8, "level_space": 2**63},
+        "level_space",
+    ),  # int64 cannot hold all of them
 ]
 
 
@@ -1080,7 +1300,10 @@ BAD_CALLS = {
     "update nan": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, DONE)),
     "update inf": ("scores.*nan", lambda s: s.update(ZEROS, ZEROS + np.inf, DONE)),
     "update nan tail": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS)),
-    "update nan tail left out": ("scores.*nan", lambda s: s.update(ZEROS, NAN_TAIL, ZEROS, score_tails=False)),
+    "update nan tail left out": (
+        "scores.*nan",
+        lambda s: s.update(ZEROS, NAN_TAIL, ZEROS, score_tails=False),
+    ),
     "level changes": ("level changes", lambda s: s.update([[0, 0], [0, 1], [0, 1]], ZEROS, ZEROS)),
     "update_scores": ("scores", lambda s: s.update_scores([0, 1], [0.5])),
     "update_scores 2-d": ("scores", lambda s: s.update_scores([[0, 1]], [[0.5, 0.5]])),
@@ -1089,19 +1312,43 @@ BAD_CALLS = {
     # (S5) the score of an unknown level landed on the last level
     "unknown start": ("level 7", lambda s: s.next_levels([True, True], levels=[7, 7])),
     "unknown episode": ("level 7", lambda s: s.update([[2, 7]], [[1, 1]], [[0, 1]])),
-    "unknown tail": ("level 7", lambda s: s.update([[2, 7]], [[1, 1]], [[0, 0]], score_tails=False)),
+    "unknown tail": (
+        "level 7",
+        lambda s: s.update([[2, 7]], [[1, 1]], [[0, 0]], score_tails=False),
+    ),
     "unknown score": ("level 7", lambda s: s.update_scores([0, 7], [1.0, 1.0])),
     "unknown return": ("level 7", lambda s: s.record_returns([7], [1.0])),
     "unknown best return": ("level 7", lambda s: s.best_returns([7])),
-    "other state": ("state", lambda s: s.load_state_dict(make("fixed", size=3, envs=1).state_dict())),
-    "other levels": ("state", lambda s: s.load_state_dict(LevelSampler([0, 1, 3], num_envs=2, seed=1).state_dict())),
+    "other state": (
+        "state",
+        lambda s: s.load_state_dict(make("fixed", size=3, envs=1).state_dict()),
+    ),
+    "other levels": (
+        "state",
+        lambda s: s.load_state_dict(LevelSampler([0, 1, 3], num_envs=2, seed=1).state_dict()),
+    ),
     "no state": ("state", lambda s: s.load_state_dict({})),
-    "an older state": ("state", lambda s: s.load_state_dict({**s.state_dict(), "staged": np.zeros((0, 3))})),
-    "part of a state": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "_tail_sum", None))),
-    "other types": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "_tail_level", np.full(2, -1.0)))),
-    "other shape": ("state", lambda s: s.load_state_dict(changed(s, "arrays", "scores", np.zeros(2)))),
+    "an older state": (
+        "state",
+        lambda s: s.load_state_dict({**s.state_dict(), "staged": np.zeros((0, 3))}),
+    ),
+    "part of a state": (
+        "state",
+        lambda s: s.load_state_dict(changed(s, "arrays", "_tail_sum", None)),
+    ),
+    "other types": (
+        "state",
+        lambda s: s.load_state_dict(changed(s, "arrays", "_tail_level", np.full(2, -1.0))),
+    ),
+    "other shape": (
+        "state",
+        lambda s: s.load_state_dict(changed(s, "arrays", "scores", np.zeros(2))),
+    ),
     "other generator": ("state", lambda s: s.load_state_dict({**s.state_dict(), "rng": MT19937})),
-    "torn candidates": ("state", lambda s: s.load_state_dict(changed(s, "candidates", "levels", np.arange(2)))),
+    "torn candidates": (
+        "state",
+        lambda s: s.load_state_dict(changed(s, "candidates", "levels", np.arange(2))),
+    ),
     "state of a set": ("state", lambda s: buffer(3, 2).load_state_dict(s.state_dict())),
 }
 
@@ -1127,7 +1374,10 @@ BAD_STEPS = {
     "drop": ("shape", lambda x: x.drop([True])),
     "other state": ("state", lambda x: x.load_state_dict(StepScorer(fixed(3), **GAE).state_dict())),
     "state of the sampler": ("state", lambda x: x.load_state_dict(x.sampler.state_dict())),
-    "state cut short": ("state", lambda x: x.load_state_dict({**x.state_dict(), "steps": np.zeros((1, 3))})),
+    "state cut short": (
+        "state",
+        lambda x: x.load_state_dict({**x.state_dict(), "steps": np.zeros((1, 3))}),
+    ),
 }
 
 
@@ -1142,7 +1392,9 @@ def test_bad_steps_are_named_and_change_nothing(name):
     np.testing.assert_equal((scorer.state_dict(), scorer.sampler.state_dict()), before)
 
 
-@pytest.mark.parametrize("kind, want", [("max", [0, 0, 0.5, 0.5]), ("eps_greedy", [1 / 19, 0, 17 / 19, 1 / 19])])
+@pytest.mark.parametrize(
+    "kind, want", [("max", [0, 0, 0.5, 0.5]), ("eps_greedy", [1 / 19, 0, 17 / 19, 1 / 19])]
+)
 def test_the_stalest_of_the_seen_levels_is_the_maximum(kind, want):
     """It was that of all levels: with an unseen one the stalest, all seen levels were alike."""
     rows = [(0, True, 4), (0, False, 99), (0, True, 7), (0, True, 7)]

@@ -204,6 +204,7 @@ def test_a_run_may_resume_on_another_number_of_processes(
     assert_same_run_but_for_rounding(tmp_path / "run", finished_run(script))
 
 
+@pytest.mark.slow
 def test_bad_input_is_refused_once(script, tmp_path):
     done = torchrun(2, script, "--num-envs 3", tmp_path)
     expected = "error: --num-envs 3 must be a multiple of torchrun's 2 processes.\n"

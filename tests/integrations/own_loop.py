@@ -9,11 +9,11 @@ and its value function; the environment is one whose reset seed is its level (te
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
-import combination_locks  # noqa: F401  registers the environment
 import gymnasium as gym
 import numpy as np
-
 from plr_sampler import LevelSampler, StepScorer
+
+import combination_locks  # noqa: F401  registers the environment
 
 N, T, GAMMA, LAMBDA = 4, 64, 0.95, 0.95  # environments, steps per rollout
 

@@ -19,7 +19,7 @@ level, and the settings at the end of the file. Robust PLR: Jiang et al. 2021 (a
 - An env runner that dies loses its episodes in progress and those on their way to the learner: they count as dropped
   and no score changes. RLlib restarts it, and the run goes on with the others meanwhile. If nobody delivers anything
   for more iterations in a row than `num_consecutive_env_runner_failures_tolerance` allows, the run ends with an error.
-- The sampler is part of the algorithm's checkpoint, which is refused with another number of environments (num_env_runners
+- The sampler is part of the algorithm's checkpoint, which is refused with another number of environments (env runners
   x num_envs_per_env_runner). Evaluation env runners do not ask it: they play random levels.
 
 Not repeatable to the bit: which environment asks first depends on the machine's timing.
@@ -36,6 +36,7 @@ import torch
 import tree  # dm_tree, a dependency of RLlib: observations may be nested
 from minigrid.wrappers import ImgObsWrapper
 from numpy import ndarray
+from plr_sampler import LevelSampler
 from ray.rllib.algorithms.ppo import PPO, PPOConfig
 from ray.rllib.callbacks.callbacks import RLlibCallback
 from ray.rllib.core import DEFAULT_MODULE_ID
@@ -45,8 +46,6 @@ from ray.rllib.env.env_runner import EnvRunner
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.rllib.utils.metrics import ENV_RUNNER_RESULTS, LEARNER_RESULTS, NUM_ENV_STEPS_SAMPLED_LIFETIME
 from ray.tune import register_env
-
-from plr_sampler import LevelSampler
 
 # ---- one sampler for everybody ---------------------------------------------------------------------------------------
 

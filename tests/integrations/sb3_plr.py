@@ -21,12 +21,11 @@ import gymnasium as gym
 import minigrid  # noqa: F401  registers the environments
 import numpy as np
 from minigrid.wrappers import ImgObsWrapper
+from plr_sampler import LevelSampler
 from stable_baselines3 import PPO
 from stable_baselines3.common.callbacks import BaseCallback
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.vec_env import SubprocVecEnv, VecEnv, VecEnvWrapper
-
-from plr_sampler import LevelSampler
 
 
 def make_env(env_id: str = "MiniGrid-SimpleCrossingS9N1-v0") -> gym.Env:

@@ -7,14 +7,14 @@ import subprocess
 import sys
 from pathlib import Path
 
-import combination_locks  # noqa: F401  registers the environment
 import gymnasium as gym
 import numpy as np
-import own_loop
 import pytest
 import torch
-
 from plr_sampler import LevelSampler
+
+import combination_locks  # noqa: F401  registers the environment
+import own_loop
 
 HERE = Path(__file__).parent
 SETTINGS = {"buffer_size": 4000, "replay_schedule": "fixed", "rho": 0.0, "nu": 0.5}
@@ -150,8 +150,9 @@ class Spy(gym.Wrapper):
 
 
 def spied_minigrid():
-    import sb3_plr
     from minigrid.wrappers import ImgObsWrapper
+
+    import sb3_plr
 
     env = gym.make("MiniGrid-Empty-Random-6x6-v0", max_steps=7)  # ends by truncation, now and then at the goal
     return sb3_plr.LevelStart(Spy(gym.wrappers.FlattenObservation(ImgObsWrapper(env))))

@@ -20,12 +20,13 @@ if importlib.util.find_spec("ray") is None:
 import gymnasium as gym
 import numpy as np
 import ray
-import rllib_robust_plr as rllib
 import torch
 from ray.rllib.core import DEFAULT_MODULE_ID
 from ray.rllib.core.columns import Columns
 from ray.rllib.env.single_agent_episode import SingleAgentEpisode
 from ray.tune import register_env
+
+import rllib_robust_plr as rllib
 
 HERE = Path(__file__).parent
 ROOM = {"id": "MiniGrid-Empty-Random-5x5-v0", "max_steps": 16}
