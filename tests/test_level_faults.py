@@ -27,7 +27,7 @@ from support import ROOT, TINY, assert_refused, main
 
 import ppo_plr_procgen as procgen_script
 import ppo_robust_plr_minigrid as maze_script
-from plr_sampler import LevelSampler
+from plr_sampler import LevelSampler, ranks
 from ppo_plr_procgen import ProcgenLevels
 
 CPU = torch.device("cpu")
@@ -561,3 +561,12 @@ def test_a_result_that_has_no_evaluation_is_refused_in_a_sentence(monkeypatch, t
     message = capsys.readouterr().err
     assert stop.value.code == 2 and message.count("\n") == 1
     assert message.startswith(f"error: RUN-DIRS {run_dir} has a file that cannot be read: ")
+
+
+# ---- a deviation that is listed in the README ----------------------------------------------------
+
+
+def test_of_equal_scores_the_smaller_index_ranks_first():
+    assert ranks(np.array([1.0, 2.0, 2.0, 1.0, 3.0])).tolist() == [4, 2, 3, 5, 1]
+    many = ranks(np.repeat([0.0, 5.0], 40))  # long enough for a sort that is not stable
+    assert many[40:].tolist() == list(range(1, 41)) and many[:40].tolist() == list(range(41, 81))
