@@ -591,8 +591,8 @@ def finished_episodes(args: Args, rewards: np.ndarray, ended: np.ndarray) -> dic
     """rewards (T, N) float32, ended (T, N) bool -> return and length of the episodes that ended,
     in order of time and environment."""
     if needs_whole_episodes(args) and not ended.any(axis=0).all():
-        longer = "a level has a longer time limit than the ten that were tried"
-        raise ValueError(f"--num-steps {args.num_steps} cuts off an episode: {longer}")
+        longer = "a level has a longer time limit than the ten that were tried. Start with more"
+        refuse(f"--num-steps {args.num_steps} cuts off an episode: {longer}.", status=1)
     none_before = np.zeros(rewards.shape[1])
     returns, _ = running_sums(none_before, rewards, ended)
     lengths, _ = running_sums(none_before, np.ones_like(rewards), ended)
