@@ -271,7 +271,7 @@ def test_training(build, monkeypatch, tmp_path):
 
 
 def test_a_checkpoint_of_another_number_of_environments_is_refused(build):
-    algorithm = build({}, env_runners=1, envs=2, batch=64, buffer_size=20)
+    algorithm = build({}, env_runners=1, envs=2, batch=128, buffer_size=20)
     before = ray.get(algorithm.sampler.get_state.remote())
     state = algorithm.get_state()
     state["level_sampler"] = rllib.GlobalSampler(6, seed=1, buffer_size=20).get_state()
