@@ -23,6 +23,8 @@ import numpy as np
 import pytest
 from gymnasium.vector.utils import concatenate, create_empty_array
 
+pytestmark = pytest.mark.slow  # whole files: two minutes of processor time together
+
 LEVELS, STEPS, ENVS = list(range(1, 9)), 100, 4
 DEFAULT = "MiniGrid-SimpleCrossingS9N1-v0", "dodgeball"
 WHAT = "observation", "reward", "termination", "truncation"

@@ -34,6 +34,8 @@ from support import (
 
 import ppo_plr_procgen
 
+pytestmark = pytest.mark.slow  # whole files: two minutes of processor time together
+
 NOTHING = {"train_return": 0.0, "test_return": 0.0, "solved_mean": 0.0, "episodes": {}}
 NO_EVALUATION = f"s.evaluate = lambda *_: {NOTHING}"
 # Notes, for every rank, what it holds after each update.
