@@ -129,6 +129,7 @@ CHANGES = {
 }
 
 
+@pytest.mark.slow
 def test_another_seed_curriculum_precision_or_score_is_another_run(script, tmp_path, monkeypatch):
     nothing = {"train_return": 0.0, "test_return": 0.0, "solved_mean": 0.0, "episodes": {}}
     monkeypatch.setattr(script, "evaluate", lambda *args: nothing)

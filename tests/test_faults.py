@@ -90,8 +90,9 @@ def start(script, monkeypatch, words: list[str]) -> None:
 # ---- interrupted again and again -----------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", EITHER)
-@pytest.mark.parametrize("seed", [0, pytest.param(1, **SLOW)])
+@pytest.mark.parametrize("seed", [0, 1])
 def test_interrupted_again_and_again_a_run_resumes_to_the_same_end(
     seed, script, brief_run, monkeypatch, tmp_path
 ):

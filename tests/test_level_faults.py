@@ -159,6 +159,7 @@ def assert_made_starts_are_exact(game, mode, levels):
 
 
 @needs_procgen
+@pytest.mark.slow
 @pytest.mark.parametrize("game", procgen_script.GAMES)
 def test_a_made_start_plays_like_a_fresh_game(game):
     assert_made_starts_are_exact(game, "easy", [0, 7, 2**30 + 5, LAST_LEVEL])

@@ -95,6 +95,7 @@ def test_killed_and_resumed_as_a_user_does_it(script, finished_run, tmp_path):
     assert_same_run(run_dir, finished_run(script))
 
 
+@pytest.mark.slow
 def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(
     script, brief_run, monkeypatch, tmp_path
 ):
