@@ -73,10 +73,8 @@ class PLRVectorEnv(gym.vector.VectorWrapper):
         self._returns: dict[int, list[float]] = {}  # of each level, without a value
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Any, dict]:
-        """Starts the sampler's next levels, where options["reset_mask"] (N,) bool if it is there.
-
-        An episode in progress there is dropped: it is never scored.
-        """
+        """Starts the next levels, everywhere or where options["reset_mask"] (N,) bool says. What
+        was in progress there is dropped: it is never scored."""
         options = dict(options or {})
         mask = options.pop("reset_mask", np.ones(self.num_envs, bool))
         require(self._begun or mask.all(), "the first reset must be of all environments")
@@ -157,7 +155,7 @@ class PLRVectorEnv(gym.vector.VectorWrapper):
     def _mean_score(self, level: int, rewards: ndarray, values: ndarray) -> float:
         """Over an episode's steps: rewards (steps,), values (steps,), one more if truncated."""
         steps = len(rewards)
-        next_values = np.append(values[1:], 0.0)[:steps]
+        next_values = np.append(values[1:], 0.0)[:steps]  # 0 after a terminal state
         values = values[:steps]
         deltas = rewards + self.gamma * next_values - values
         advantages = np.zeros(steps)
@@ -178,11 +176,10 @@ class PLRVectorEnv(gym.vector.VectorWrapper):
                 self.value.reset()
             for start in range(0, len(sequence), self.batch_size):
                 batch = sequence[start : start + self.batch_size]
-                n = len(batch)
-                obs = concatenate(space, batch, create_empty_array(space, n))
+                obs = concatenate(space, batch, create_empty_array(space, len(batch)))
                 values.append(np.asarray(self.value(obs), np.float64))
-                shape = values[-1].shape
-                require(shape == (n,), f"value of {n} observations has shape {shape}, not ({n},)")
+                message = f"value of {len(batch)} observations has shape {values[-1].shape}"
+                require(values[-1].shape == (len(batch),), f"{message}, not ({len(batch)},)")
         ends = np.cumsum([len(episode) for episode in episodes])
         values = np.split(np.concatenate(values), ends[:-1])
         for level, v in zip(levels, values):
@@ -191,8 +188,9 @@ class PLRVectorEnv(gym.vector.VectorWrapper):
 
     def _check_fit(self) -> None:
         """Refuses an environment if a level does not start the same each time, or all do."""
-        size = max(self.num_envs, 2)
-        levels = self.curriculum.levels[:size] if self.curriculum.fixed else np.arange(size)
+        sampler = self.curriculum
+        levels = sampler.levels if sampler.fixed else np.arange(min(1024, sampler.level_space))
+        levels = levels[: max(self.num_envs, 2)]
         unfit = f"{self.env} is not fit for PLR: "
         first = {}
         for shift in (0, 1, 0):  # each level after another one and in another environment
@@ -215,6 +213,7 @@ class PLRVectorEnv(gym.vector.VectorWrapper):
             if not ended:
                 raise
             i = [worker.sentinel for worker in workers].index(ended[0])
+            workers[i].join(1)
             message = f"the worker of environment {i} died (exit code {workers[i].exitcode})"
             for worker in workers:
                 worker.kill()
