@@ -1090,6 +1090,56 @@ def evaluation_envs(args: Args, num_envs: int, device: torch.device) -> gym.vect
     return EVALUATION_ENVS[key]
 
 
+MOST_TRAINING_LEVELS = 10_000  # that are looked through: a minute, at the first evaluation
+FLAWED: dict[tuple, dict[str, np.ndarray]] = {}  # of a process: what `flawed_levels` has found
+
+
+def flawed_levels(args: Args, envs: gym.vector.VectorEnv) -> dict[str, np.ndarray]:
+    """Which of the test levels say nothing about generalization, (eval_episodes,) bool. seen: the
+    first observation is that of a training level (procgen's issue 100); none is looked for if the
+    training set is unbounded or larger than MOST_TRAINING_LEVELS. one_step: the episode ends with
+    its first step, whatever the action (issue 59).
+    """
+    flags = ("env_id", "distribution_mode", *PROCGEN_OPTIONS, "num_levels", "start_level", "seed")
+    key = tuple(getattr(args, name) for name in (*flags, "eval_episodes"))
+    if key not in FLAWED:
+        test_levels = evaluation_levels(args)[: args.eval_episodes]
+        known = set()
+        if args.num_levels <= MOST_TRAINING_LEVELS:
+            training_levels = args.start_level + np.arange(args.num_levels)
+            known = set(first_observations(envs, training_levels))
+        seen = [x in known for x in first_observations(envs, test_levels)]
+        FLAWED[key] = {"seen": np.array(seen), "one_step": end_at_once(envs, test_levels)}
+    return FLAWED[key]
+
+
+def started(envs: gym.vector.VectorEnv, levels: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Starts all the levels (L,), as many at a time as there are environments: which of them, and
+    their first observations."""
+    for begin in range(0, len(levels), envs.num_envs):
+        chunk = slice(begin, min(begin + envs.num_envs, len(levels)))
+        seed = np.resize(levels[chunk], envs.num_envs)
+        obs, _ = envs.reset(seed=seed.tolist())
+        yield chunk, obs[: chunk.stop - chunk.start]
+
+
+def first_observations(envs: gym.vector.VectorEnv, levels: np.ndarray) -> list[bytes]:
+    """A digest of each level's."""
+    return [sha256(x.tobytes()).digest() for _, obs in started(envs, levels) for x in obs]
+
+
+def end_at_once(envs: gym.vector.VectorEnv, levels: np.ndarray) -> np.ndarray:
+    """levels (L,) -> (L,) bool: the episode ends with its first step, whatever the action."""
+    ends = np.ones(len(levels), bool)
+    for action in range(int(envs.single_action_space.n)):
+        left = np.flatnonzero(ends)
+        for chunk, obs in started(envs, levels[left]):
+            actions = np.full(envs.num_envs, action, np.int32)
+            _, _, terminations, truncations, _ = envs.step(actions)
+            ends[left[chunk]] = (terminations | truncations)[: len(obs)]
+    return ends
+
+
 def evaluate(
     agent: Agent, args: Args, device: torch.device, video: Path | None = None
 ) -> dict[str, Any]:
@@ -1097,7 +1147,8 @@ def evaluate(
     a random stream of its own. video: the first test episode as VIDEO.gif.
 
     Returns the mean returns on training and test levels, their standard deviations, the gap
-    between the two, and every episode's level and return.
+    between the two, and every episode's level and return. Also how many test levels are
+    `flawed_levels` (nan: not looked for), and the mean return on the others, test_return_clean.
     """
     levels = evaluation_levels(args)
     returns = np.zeros(len(levels))
@@ -1126,12 +1177,18 @@ def evaluate(
         write_gif(video.with_suffix(".gif"), frames[::2], milliseconds=133)
     test = slice(0, args.eval_episodes)
     train = slice(args.eval_episodes, None)
+    flawed = flawed_levels(args, envs)
+    looked_for = 0 < args.num_levels <= MOST_TRAINING_LEVELS
+    clean = ~(flawed["seen"] | flawed["one_step"])
     return {
         "test_return": float(returns[test].mean()),
         "test_return_std": float(returns[test].std()),
         "train_return": float(returns[train].mean()),
         "train_return_std": float(returns[train].std()),
         "generalization_gap": float(returns[train].mean()) - float(returns[test].mean()),
+        "test_return_clean": mean_or_nan(returns[test][clean]),
+        "test_levels_seen": int(flawed["seen"].sum()) if looked_for else math.nan,
+        "test_levels_one_step": int(flawed["one_step"].sum()),
         "episodes": {
             "test_levels": levels[test].tolist(),
             "test_returns": returns[test].tolist(),
