@@ -3,12 +3,15 @@
     python ppo_plr_procgen.py --env-id bigfish                       # PLR, the paper's settings
     python ppo_plr_procgen.py --env-id bigfish --curriculum uniform  # baseline: levels at random
     python ppo_plr_procgen.py --env-id bigfish --score gae           # another score of a level
+    python ppo_plr_procgen.py --env-id bigfish --augment ucb         # UCB-DrAC + PLR
     python ppo_plr_procgen.py --resume runs/RUN                      # from the last checkpoint on
     torchrun --nproc-per-node 8 ppo_plr_procgen.py --env-id bigfish  # several GPUs, one curriculum
     python ppo_plr_procgen.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
 PLR: Jiang, Grefenstette, Rocktaeschel, "Prioritized Level Replay", 2021 (arXiv 2010.03934).
 PPO and the names in this file: CleanRL's ppo_procgen.py. Network: IMPALA (arXiv 1802.01561).
+UCB-DrAC: Raileanu et al., "Automatic Data Augmentation for Generalization in Reinforcement
+Learning", 2021 (arXiv 2006.12862).
 
 To train on another environment, read Args, Agent, train() and make_envs(); what stands below the
 banner "machinery" can stay as it is. Procgen ends an episode at its time limit and shows neither
@@ -116,6 +119,12 @@ class Args:
     max_grad_norm: float = 0.5  # bound on the norm of the gradient
     target_kl: float | None = None  # end an iteration's epochs once approx_kl exceeds this
     reward_norm_gamma: float = 0.99  # discount of the return that scales rewards; CleanRL: 0.999
+    # impoola: one number per channel goes on, which generalises better where the agent is not in
+    # the centre; a sixth of the parameters
+    encoder: Literal["impala", "impoola"] = "impala"
+    # DrAC: the policy and the value shall be the same on augmented images. crop: the best single
+    # one in most games; ucb: a bandit chooses among eight. Updates take about twice as long.
+    augment: Literal["none", "crop", "ucb"] = "none"
 
     # PLR
     curriculum: Literal["plr", "uniform", "sequential"] = "plr"  # which level is next
@@ -189,18 +198,28 @@ class ConvSequence(nn.Sequential):
 class Agent(nn.Module):
     """The IMPALA network with a policy and a value head."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, precision: str = "fp32"):
+    def __init__(
+        self,
+        envs: gym.vector.VectorEnv,
+        precision: str = "fp32",
+        encoder: str = "impala",
+    ):
         super().__init__()
         h, w, c = envs.single_observation_space.shape
         self.bf16 = precision == "bf16"
         self.num_actions = int(envs.single_action_space.n)
+        if encoder == "impoola":  # Trumpp et al. 2025 (arXiv 2503.05546): global average pooling
+            features = (nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+            num_features = 32
+        else:
+            features = (nn.Flatten(), nn.ReLU())
+            num_features = 32 * math.ceil(h / 8) * math.ceil(w / 8)
         network = nn.Sequential(
             ConvSequence(c, 16),
             ConvSequence(16, 32),
             ConvSequence(32, 32),
-            nn.Flatten(),
-            nn.ReLU(),
-            nn.Linear(32 * math.ceil(h / 8) * math.ceil(w / 8), 256),
+            *features,
+            nn.Linear(num_features, 256),
             nn.ReLU(),
         )
         self.network = network.to(memory_format=torch.channels_last)
@@ -249,6 +268,10 @@ class Agent(nn.Module):
         return acting
 
 
+def make_agent(envs: gym.vector.VectorEnv, args: Args) -> Agent:
+    return Agent(envs, args.precision, args.encoder)
+
+
 def ppo_loss(
     agent: Agent,
     args: Args,
@@ -258,10 +281,12 @@ def ppo_loss(
     mb_advantages: Tensor,
     mb_returns: Tensor,
     mb_values: Tensor,
+    mb_augmented: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """PPO's loss of a minibatch, or of this process's part of it: mb_obs (B, 64, 64, 3), the
-    others (B,), the advantages normalised. Returns the loss, and what is logged of it."""
-    _, newlogprob, entropy, newvalue, _ = agent.get_action_and_value(mb_obs, mb_actions)
+    others (B,), the advantages normalised. With mb_augmented, the same images augmented, DrAC's.
+    Returns the loss, and what is logged of it."""
+    _, newlogprob, entropy, newvalue, logits = agent.get_action_and_value(mb_obs, mb_actions)
     logratio = newlogprob - mb_logprobs
     ratio = logratio.exp()
 
@@ -284,7 +309,7 @@ def ppo_loss(
 
     entropy_loss = mean(entropy, args)
     loss = pg_loss - args.ent_coef * entropy_loss + v_loss * args.vf_coef
-    return loss, {
+    parts = {
         "value_loss": v_loss.detach(),
         "policy_loss": pg_loss.detach(),
         "entropy": entropy_loss.detach(),
@@ -292,6 +317,32 @@ def ppo_loss(
         "approx_kl": approx_kl,
         "clipfrac": clipfrac,
     }
+    if mb_augmented is not None:
+        clean = (logits.detach(), newvalue.detach())
+        g_pi, g_v = drac_terms(agent, args, mb_augmented, mb_actions, *clean)
+        loss = loss + DRAC_COEF * (g_pi + g_v)  # J_DrAC = J_PPO - alpha_r (G_pi + G_V)
+        parts |= {"augmented_kl": g_pi.detach(), "augmented_value_loss": g_v.detach()}
+    return loss, parts
+
+
+def drac_terms(
+    agent: Agent,
+    args: Args,
+    mb_augmented: Tensor,
+    mb_actions: Tensor,
+    logits: Tensor,
+    values: Tensor,
+) -> tuple[Tensor, Tensor]:
+    """DrAC's G_pi and G_V: how far the policy and the value on augmented images (B, 64, 64, 3) are
+    from those on the clean ones: logits (B, actions), normalised, and values (B,), both constants.
+
+    G_pi is the exact KL(clean || augmented); the authors' code has one sample of its cross entropy.
+    As there, G_V is halved and vf_coef does not count for it.
+    """
+    _, _, _, newvalue, newlogits = agent.get_action_and_value(mb_augmented, mb_actions)
+    g_pi = mean((logits.exp() * (logits - newlogits)).sum(-1), args)
+    g_v = 0.5 * mean((newvalue - values) ** 2, args)
+    return g_pi, g_v
 
 
 def train(args: Args, run: "Run") -> None:
@@ -304,7 +355,7 @@ def train(args: Args, run: "Run") -> None:
     own = slice(RANK * n, (RANK + 1) * n)
     torch.manual_seed(args.seed)  # network, actions, minibatches
     envs = make_envs(args, n, device)
-    agent = Agent(envs, args.precision).to(device)
+    agent = make_agent(envs, args).to(device)
     acting = agent.acting_copy()
     decide = maybe_compile(acting.get_action_and_value, args)
     loss_of = maybe_compile(ppo_loss, args)
@@ -323,7 +374,7 @@ def train(args: Args, run: "Run") -> None:
     noise = torch.zeros((N, agent.num_actions), device=device)  # the same in every process
     step_on_device = torch.zeros(1, dtype=torch.int64, device=device)
     b_targets = torch.zeros((3, T * N), device=device)  # advantages, returns, values, of all
-    losses = torch.zeros(len(LOSSES), device=device)  # summed over the minibatches
+    losses = torch.zeros(len(loss_names(args)), device=device)  # summed over the minibatches
 
     # ---- storage on the CPU: all environments ----
     rewards = np.zeros((T, N), np.float32)
@@ -348,25 +399,26 @@ def train(args: Args, run: "Run") -> None:
 
     @functools.partial(CudaGraph, enabled=run.graphs and WORLD == 1)  # without communication
     @deterministic_gradients(args)
-    def learn(mb_inds: Tensor) -> Tensor:
+    def learn(mb_inds: Tensor, *mb_augmented: Tensor) -> Tensor:
         """A step of the optimizer, from the minibatch at mb_inds of the T * N steps; approx_kl."""
         mb_advantages, mb_returns, mb_values = b_targets[:, mb_inds]
         mb_advantages = (mb_advantages - mb_advantages.mean()) / (mb_advantages.std() + 1e-8)
         mine, own_inds = part_of_minibatch(mb_inds, N)
         minibatch = (b_obs[own_inds], b_actions[own_inds], b_logprobs[own_inds])
         targets = (mb_advantages[mine], mb_returns[mine], mb_values[mine])
-        loss, parts = loss_of(agent, args, *minibatch, *targets)
+        loss, parts = loss_of(agent, args, *minibatch, *targets, *mb_augmented)
         optimizer.zero_grad()
         loss.backward()
         all_reduce_gradients(agent)
         grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
         optimizer.step()
         parts["grad_norm"] = grad_norm / WORLD
-        losses.add_(torch.stack([parts[name] for name in LOSSES]))
+        losses.add_(torch.stack([parts[name] for name in loss_names(args)]))
         return parts["approx_kl"]
 
     # ---- start the environments, or go on where the checkpoint is ----
     run.parts = {"agent": agent, "optimizer": optimizer, "sampler": sampler, "episodes": episodes}
+    run.parts |= make_bandit(args)
     next_done = np.zeros(N, bool)
     observation = run.restore(envs, own)
     if observation is None:
@@ -447,10 +499,11 @@ def train(args: Args, run: "Run") -> None:
         targets = torch.from_numpy(np.stack((advantages, returns, b_values)))
         b_targets.copy_(targets.flatten(1))
         losses.zero_()
+        augmentation = choose_augmentation(run, returns)
         updates = 0
         for epoch in range(args.update_epochs):
             for mb_inds in torch.randperm(T * N, device=device).split(args.minibatch_size):
-                approx_kl = learn(mb_inds)
+                approx_kl = learn(mb_inds, *augmented(augmentation, b_obs, mb_inds, N))
                 updates += 1
             if args.target_kl is not None and gather(approx_kl[None]).sum() > args.target_kl:
                 break
@@ -565,7 +618,13 @@ def part_of_minibatch(mb_inds: Tensor, N: int) -> tuple[Any, Tensor]:
 def describe(args: Args) -> str:
     levels = args.num_levels or "unbounded"
     mode = "" if args.env_id in OWN_ENVS else f" ({args.distribution_mode})"
-    return f"{args.env_id}{mode}, {levels} levels, {args.curriculum}"
+    encoder = "" if args.encoder == "impala" else f", {args.encoder}"
+    augment = "" if args.augment == "none" else f", augment {args.augment}"
+    return f"{args.env_id}{mode}, {levels} levels, {args.curriculum}{encoder}{augment}"
+
+
+def loss_names(args: Args) -> tuple[str, ...]:
+    return LOSSES if args.augment == "none" else (*LOSSES, "augmented_kl", "augmented_value_loss")
 
 
 def log_row(
@@ -578,6 +637,8 @@ def log_row(
     values: np.ndarray,
 ) -> dict[str, float]:
     """A row of progress.csv, whose columns lack the group ("charts/"); nan: nothing to measure."""
+    means = run.mean_losses(losses, updates, loss_names(run.args))
+    bandit = run.parts["bandit"].metrics() if "bandit" in run.parts else {}
     return {
         # of the episodes that ended in this iteration: mean raw return, mean length, how many
         "charts/episodic_return": mean_or_nan(finished["return"]),
@@ -586,12 +647,237 @@ def log_row(
         "charts/learning_rate": float(run.parts["optimizer"].param_groups[0]["lr"]),
         # value_loss, policy_loss, entropy, grad_norm (before clipping), old_approx_kl, approx_kl,
         # clipfrac (share of samples beyond the clip range): means over the minibatches
-        **{f"losses/{name}": x for name, x in run.mean_losses(losses, updates).items()},
+        # with --augment: augmented_kl, augmented_value_loss, DrAC's terms before its coefficient
+        **{f"losses/{name}": x for name, x in means.items()},
         # of the returns by the values; 1 is perfect
         "losses/explained_variance": explained_variance(values, returns),
         # see LevelSampler.metrics
         **{f"curriculum/{name}": x for name, x in sampler.metrics().items()},
+        # with --augment ucb, see AugmentationBandit.metrics
+        **{f"augmentation/{name}": x for name, x in bandit.items()},
     }
+
+
+# ---- data augmentation (DrAC, UCB-DrAC) ----------------------------------------------------------
+
+DRAC_COEF = 0.1  # alpha_r
+
+
+class Draws:
+    """Random parameters of an augmentation, one for each image of a minibatch: drawn for all of it,
+    so that any number of processes gives the same run, and returned for the images at `mine`."""
+
+    def __init__(self, num_images: int, mine: Any, device: torch.device):
+        self.num_images = num_images
+        self.mine = mine
+        self.device = device
+
+    def uniform(self, low: float, high: float) -> Tensor:
+        """(B,) float32 in [low, high)."""
+        x = torch.empty(self.num_images, device=self.device)
+        return x.uniform_(low, high)[self.mine]
+
+    def integers(self, low: int, high: int, *shape: int) -> Tensor:
+        """(B, *shape) int64 from low to high, both included."""
+        size = (self.num_images, *shape)
+        return torch.randint(low, high + 1, size, device=self.device)[self.mine]
+
+    def normal(self, std: float, *shape: int) -> Tensor:
+        """(B, *shape) float32."""
+        x = torch.empty(self.num_images, *shape, device=self.device)
+        return x.normal_(0, std)[self.mine]
+
+
+# The paper's eight. Each takes images x (B, H, W, 3) uint8 and draws parameters for each of them;
+# it returns (B, H, W, 3), 0 to 255, uint8 or float32.
+
+
+def crop(x: Tensor, draws: Draws) -> Tensor:
+    """A part of the image's size, of the image with 12 more pixels on each side, its border's."""
+    _, h, w, _ = x.shape
+    top = draws.integers(-12, 12)
+    left = draws.integers(-12, 12)
+    rows = (top[:, None] + torch.arange(h, device=x.device)).clamp(0, h - 1)
+    columns = (left[:, None] + torch.arange(w, device=x.device)).clamp(0, w - 1)
+    images = torch.arange(len(x), device=x.device)
+    return x[images[:, None, None], rows[:, :, None], columns[:, None, :]]
+
+
+def random_convolution(x: Tensor, draws: Draws) -> Tensor:
+    """By a 3x3 kernel from 3 to 3 channels, of Xavier's normal distribution; not clipped."""
+    b, h, w, c = x.shape
+    kernels = draws.normal((2 / (9 * c + 9 * c)) ** 0.5, c, c, 3, 3)
+    channels = x.permute(0, 3, 1, 2).reshape(1, b * c, h, w).float()
+    # a group of channels for each image
+    y = nn.functional.conv2d(channels, kernels.flatten(0, 1), padding=1, groups=b)
+    return y.view(b, c, h, w).permute(0, 2, 3, 1)
+
+
+def grayscale(x: Tensor, draws: Draws) -> Tensor:
+    luma = x.float() @ x.new_tensor([0.299, 0.587, 0.114], dtype=torch.float32)
+    return luma[..., None].expand(x.shape)
+
+
+def flip(x: Tensor, draws: Draws) -> Tensor:
+    """Left to right, every second image. The authors' code flips upside down, by mistake: RAD's
+    images, which it was written for, had their channels last."""
+    flipped = draws.integers(0, 1) == 1
+    return torch.where(flipped[:, None, None, None], x.flip(2), x)
+
+
+def rotate(x: Tensor, draws: Draws) -> Tensor:
+    """By 0, 90, 180 or 270 degrees; square images."""
+    turned = torch.stack([x.rot90(quarters, (1, 2)) for quarters in range(4)])
+    return turned[draws.integers(0, 3), torch.arange(len(x), device=x.device)]
+
+
+def cutout(x: Tensor, draws: Draws) -> Tensor:
+    return torch.where(cutout_box(x, draws), 0, x)
+
+
+def cutout_color(x: Tensor, draws: Draws) -> Tensor:
+    inside = cutout_box(x, draws)
+    color = draws.integers(0, 255, 1, 1, 3).to(x.dtype)
+    return torch.where(inside, color, x)
+
+
+def cutout_box(x: Tensor, draws: Draws) -> Tensor:
+    """(B, H, W, 1) bool: in a box of 7 to 21 by 7 to 21 pixels. Where it is follows from its size,
+    as in the authors' code: its corner is at row 12 + height, column 24 + width."""
+    _, h, w, _ = x.shape
+    height = draws.integers(7, 21)[:, None, None, None]
+    width = draws.integers(7, 21)[:, None, None, None]
+    row = torch.arange(h, device=x.device)[:, None, None] - 12 - height
+    column = torch.arange(w, device=x.device)[:, None] - 24 - width
+    return (row >= 0) & (row < height) & (column >= 0) & (column < width)
+
+
+def color_jitter(x: Tensor, draws: Draws) -> Tensor:
+    """Brightness, contrast and saturation times 0.6 to 1.4, the hue turned by up to a half; the
+    contrast before or after the others."""
+    contrast = draws.uniform(0.6, 1.4)
+    brightness = draws.uniform(0.6, 1.4)[:, None, None]
+    saturation = draws.uniform(0.6, 1.4)[:, None, None]
+    turn = draws.uniform(-0.5, 0.5)[:, None, None]
+    first = draws.integers(0, 1) == 1
+    rgb = with_contrast(x / 255.0, torch.where(first, contrast, 1.0))
+    hue, s, v = rgb_to_hsv(rgb)
+    s = (s * saturation).clamp(max=1)
+    v = (v * brightness).clamp(max=1)
+    rgb = hsv_to_rgb((hue + turn) % 1, s, v)
+    return with_contrast(rgb, torch.where(first, 1.0, contrast)) * 255.0
+
+
+def with_contrast(rgb: Tensor, factor: Tensor) -> Tensor:
+    """rgb (B, H, W, 3) from 0 to 1, factor (B,): away from each channel's mean, or towards it."""
+    middle = rgb.mean((1, 2), keepdim=True)
+    return (middle + (rgb - middle) * factor[:, None, None, None]).clamp(0, 1)
+
+
+def rgb_to_hsv(rgb: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(..., 3) from 0 to 1 -> hue, saturation, value, each (...) from 0 to 1."""
+    r, g, b = rgb.unbind(-1)
+    value = rgb.amax(-1)
+    chroma = value - rgb.amin(-1)
+    width = chroma.clamp(min=1e-8)  # of a gray, hue and saturation are 0
+    sixths = torch.where(value == g, (b - r) / width + 2, (r - g) / width + 4)
+    sixths = torch.where(value == r, (g - b) / width, sixths)
+    return sixths / 6 % 1, chroma / value.clamp(min=1e-8), value
+
+
+def hsv_to_rgb(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """The inverse: a channel is at its most within a sixth of its own hue, at its least beyond a
+    third of the circle from it."""
+    own = torch.tensor([5.0, 3.0, 1.0], device=hue.device)
+    k = (own + 6 * hue[..., None]) % 6
+    lack = torch.minimum(k, 4 - k).clamp(0, 1)
+    return value[..., None] * (1 - saturation[..., None] * lack)
+
+
+AUGMENTATIONS = {
+    "crop": crop,
+    "random_convolution": random_convolution,
+    "grayscale": grayscale,
+    "flip": flip,
+    "rotate": rotate,
+    "cutout": cutout,
+    "cutout_color": cutout_color,
+    "color_jitter": color_jitter,
+}
+
+
+def augmented(name: str, b_obs: Tensor, mb_inds: Tensor, N: int) -> tuple[Tensor, ...]:
+    """Of this process's images in the minibatch, (B, 64, 64, 3) float32; or nothing, for "none".
+
+    It is no part of what is recorded as a CUDA graph: eight graphs would take eight times the
+    memory, and a GPU is still at work on the minibatch before while this is launched.
+    """
+    if name == "none":
+        return ()
+    mine, own_inds = part_of_minibatch(mb_inds, N)
+    draws = Draws(len(mb_inds), mine, b_obs.device)
+    return (AUGMENTATIONS[name](b_obs[own_inds], draws).float().contiguous(),)
+
+
+class AugmentationBandit:
+    """UCB-DrAC's choice of the augmentation for each update: f = argmax Q(f) + c sqrt(ln t / N(f)).
+
+    Q is the mean of the last `window` mean returns of the rollouts that followed an update with f,
+    0 before there are any; N counts those updates. As in the authors' code, the counts and t start
+    at 1, and the returns are GAE's, in the scale of the rewards as they are learned from.
+    """
+
+    def __init__(self, exploration: float = 0.1, window: int = 10):
+        self.exploration = exploration  # c
+        self.window = window
+        self.current: str | None = None  # of the last update
+        self.counts = dict.fromkeys(AUGMENTATIONS, 1)
+        self.returns: dict[str, list[float]] = {name: [] for name in AUGMENTATIONS}
+
+    def choose(self, mean_return: float) -> str:
+        """Credits the rollout just played to the last update's augmentation; returns the next."""
+        if self.current is not None:
+            self.counts[self.current] += 1
+            recent = [*self.returns[self.current], mean_return]
+            self.returns[self.current] = recent[-self.window :]
+        t = sum(self.counts.values()) - len(self.counts) + 1
+        bounds = {}
+        for name, count in self.counts.items():
+            bounds[name] = self.value(name) + self.exploration * math.sqrt(math.log(t) / count)
+        self.current = max(bounds, key=bounds.get)
+        return self.current
+
+    def value(self, name: str) -> float:
+        """Q."""
+        returns = self.returns[name]
+        return sum(returns) / len(returns) if returns else 0.0
+
+    def metrics(self) -> dict[str, float]:
+        """augmentation: the current one's place among AUGMENTATIONS, from 0 on; of each its Q, q_*,
+        and N, n_*."""
+        row = {"augmentation": list(AUGMENTATIONS).index(self.current)}
+        row |= {f"q_{name}": self.value(name) for name in AUGMENTATIONS}
+        return row | {f"n_{name}": self.counts[name] for name in AUGMENTATIONS}
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"current": self.current, "counts": self.counts, "returns": self.returns}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.current = state["current"]
+        self.counts = dict(state["counts"])
+        self.returns = {name: list(returns) for name, returns in state["returns"].items()}
+
+
+def make_bandit(args: Args) -> dict[str, AugmentationBandit]:
+    """What --augment ucb adds to the parts of a run that have a state."""
+    return {"bandit": AugmentationBandit()} if args.augment == "ucb" else {}
+
+
+def choose_augmentation(run: "Run", returns: np.ndarray) -> str:
+    """For the update after a rollout whose returns are (T, N)."""
+    if run.args.augment == "ucb":
+        return run.parts["bandit"].choose(float(returns.mean()))
+    return run.args.augment
 
 
 # ---- levels and environments ---------------------------------------------------------------------
@@ -804,6 +1090,56 @@ def evaluation_envs(args: Args, num_envs: int, device: torch.device) -> gym.vect
     return EVALUATION_ENVS[key]
 
 
+MOST_TRAINING_LEVELS = 10_000  # that are looked through: a minute, at the first evaluation
+FLAWED: dict[tuple, dict[str, np.ndarray]] = {}  # of a process: what `flawed_levels` has found
+
+
+def flawed_levels(args: Args, envs: gym.vector.VectorEnv) -> dict[str, np.ndarray]:
+    """Which of the test levels say nothing about generalization, (eval_episodes,) bool. seen: the
+    first observation is that of a training level (procgen's issue 100); none is looked for if the
+    training set is unbounded or larger than MOST_TRAINING_LEVELS. one_step: the episode ends with
+    its first step, whatever the action (issue 59).
+    """
+    flags = ("env_id", "distribution_mode", *PROCGEN_OPTIONS, "num_levels", "start_level", "seed")
+    key = tuple(getattr(args, name) for name in (*flags, "eval_episodes"))
+    if key not in FLAWED:
+        test_levels = evaluation_levels(args)[: args.eval_episodes]
+        known = set()
+        if args.num_levels <= MOST_TRAINING_LEVELS:
+            training_levels = args.start_level + np.arange(args.num_levels)
+            known = set(first_observations(envs, training_levels))
+        seen = [x in known for x in first_observations(envs, test_levels)]
+        FLAWED[key] = {"seen": np.array(seen), "one_step": end_at_once(envs, test_levels)}
+    return FLAWED[key]
+
+
+def started(envs: gym.vector.VectorEnv, levels: np.ndarray) -> Iterator[tuple[slice, np.ndarray]]:
+    """Starts all the levels (L,), as many at a time as there are environments: which of them, and
+    their first observations."""
+    for begin in range(0, len(levels), envs.num_envs):
+        chunk = slice(begin, min(begin + envs.num_envs, len(levels)))
+        seed = np.resize(levels[chunk], envs.num_envs)
+        obs, _ = envs.reset(seed=seed.tolist())
+        yield chunk, obs[: chunk.stop - chunk.start]
+
+
+def first_observations(envs: gym.vector.VectorEnv, levels: np.ndarray) -> list[bytes]:
+    """A digest of each level's."""
+    return [sha256(x.tobytes()).digest() for _, obs in started(envs, levels) for x in obs]
+
+
+def end_at_once(envs: gym.vector.VectorEnv, levels: np.ndarray) -> np.ndarray:
+    """levels (L,) -> (L,) bool: the episode ends with its first step, whatever the action."""
+    ends = np.ones(len(levels), bool)
+    for action in range(int(envs.single_action_space.n)):
+        left = np.flatnonzero(ends)
+        for chunk, obs in started(envs, levels[left]):
+            actions = np.full(envs.num_envs, action, np.int32)
+            _, _, terminations, truncations, _ = envs.step(actions)
+            ends[left[chunk]] = (terminations | truncations)[: len(obs)]
+    return ends
+
+
 def evaluate(
     agent: Agent, args: Args, device: torch.device, video: Path | None = None
 ) -> dict[str, Any]:
@@ -811,7 +1147,8 @@ def evaluate(
     a random stream of its own. video: the first test episode as VIDEO.gif.
 
     Returns the mean returns on training and test levels, their standard deviations, the gap
-    between the two, and every episode's level and return.
+    between the two, and every episode's level and return. Also how many test levels are
+    `flawed_levels` (nan: not looked for), and the mean return on the others, test_return_clean.
     """
     levels = evaluation_levels(args)
     returns = np.zeros(len(levels))
@@ -840,12 +1177,18 @@ def evaluate(
         write_gif(video.with_suffix(".gif"), frames[::2], milliseconds=133)
     test = slice(0, args.eval_episodes)
     train = slice(args.eval_episodes, None)
+    flawed = flawed_levels(args, envs)
+    looked_for = 0 < args.num_levels <= MOST_TRAINING_LEVELS
+    clean = ~(flawed["seen"] | flawed["one_step"])
     return {
         "test_return": float(returns[test].mean()),
         "test_return_std": float(returns[test].std()),
         "train_return": float(returns[train].mean()),
         "train_return_std": float(returns[train].std()),
         "generalization_gap": float(returns[train].mean()) - float(returns[test].mean()),
+        "test_return_clean": mean_or_nan(returns[test][clean]),
+        "test_levels_seen": int(flawed["seen"].sum()) if looked_for else math.nan,
+        "test_levels_one_step": int(flawed["one_step"].sum()),
         "episodes": {
             "test_levels": levels[test].tolist(),
             "test_returns": returns[test].tolist(),
@@ -1018,12 +1361,15 @@ class Run:
             with contextlib.suppress(OSError):
                 os.write(2, text)
 
-    def mean_losses(self, losses: Tensor, updates: int) -> dict[str, float]:
-        """By name: losses (7,), summed over the updates, once the device has them; nan if none."""
+    def mean_losses(
+        self, losses: Tensor, updates: int, names: tuple[str, ...] = LOSSES
+    ) -> dict[str, float]:
+        """By name: losses (names,), summed over the updates, once the device has them; nan if
+        none."""
         means = gather(losses[:, None]).sum(-1) / max(updates, 1)
         self.require_finite("a loss or gradient", means)  # waits for the device
         self.profile.phase("rest")
-        return {name: x if updates else math.nan for name, x in zip(LOSSES, means.tolist())}
+        return {name: x if updates else math.nan for name, x in zip(names, means.tolist())}
 
     def end_iteration(self, envs: gym.vector.VectorEnv) -> None:
         """The checkpoint and a line on the screen, when they are due."""
@@ -1763,7 +2109,7 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     path = Path(args.evaluate, f"evaluation_{time.time_ns() // 10**6}.json")
     video = path.parent / "videos" / path.stem if args.capture_video else None
     device = choose_device(args)
-    agent = Agent(make_envs(args, 1, device), args.precision).to(device)
+    agent = make_agent(make_envs(args, 1, device), args).to(device)
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError:

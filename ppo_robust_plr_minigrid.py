@@ -297,6 +297,10 @@ class Agent(nn.Module):
         return logprob, entropy, value
 
 
+def make_agent(envs: gym.vector.VectorEnv, args: Args) -> Agent:
+    return Agent(envs, args.precision)
+
+
 def ppo_loss(
     agent: Agent,
     args: Args,
@@ -358,7 +362,7 @@ def train(args: Args, run: "Run") -> None:
     own = slice(RANK * n, (RANK + 1) * n)
     torch.manual_seed(args.seed)  # network, actions, minibatches
     envs = make_envs(args, n, device)
-    agent = Agent(envs, args.precision).to(device)
+    agent = make_agent(envs, args).to(device)
     optimizer = make_optimizer(agent, args, device)
     sampler = make_sampler(args)
 
@@ -1460,12 +1464,15 @@ class Run:
             with contextlib.suppress(OSError):
                 os.write(2, text)
 
-    def mean_losses(self, losses: Tensor, updates: int) -> dict[str, float]:
-        """By name: losses (7,), summed over the updates, once the device has them; nan if none."""
+    def mean_losses(
+        self, losses: Tensor, updates: int, names: tuple[str, ...] = LOSSES
+    ) -> dict[str, float]:
+        """By name: losses (names,), summed over the updates, once the device has them; nan if
+        none."""
         means = gather(losses[:, None]).sum(-1) / max(updates, 1)
         self.require_finite("a loss or gradient", means)  # waits for the device
         self.profile.phase("rest")
-        return {name: x if updates else math.nan for name, x in zip(LOSSES, means.tolist())}
+        return {name: x if updates else math.nan for name, x in zip(names, means.tolist())}
 
     def end_iteration(self, envs: gym.vector.VectorEnv) -> None:
         """The checkpoint and a line on the screen, when they are due."""
@@ -2205,7 +2212,7 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     path = Path(args.evaluate, f"evaluation_{time.time_ns() // 10**6}.json")
     video = path.parent / "videos" / path.stem if args.capture_video else None
     device = choose_device(args)
-    agent = Agent(make_envs(args, 1, device), args.precision).to(device)
+    agent = make_agent(make_envs(args, 1, device), args).to(device)
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError:

@@ -3,6 +3,7 @@
     python benchmarks/reproduce.py procgen --dry-run       # prints the paper's 320 commands
     python benchmarks/reproduce.py procgen --games bigfish leaper --seeds 1 2 3 --at-most 4
     python benchmarks/reproduce.py procgen --executor slurm --sbatch gpus-per-node=1 partition=gpu
+    python benchmarks/reproduce.py procgen --values augment=none,ucb    # UCB-DrAC, + PLR as well
     python benchmarks/reproduce.py mazes --at-most 5       # dcd's 30 runs, 5 at a time
     python benchmarks/reproduce.py mazes --gradient-matched         # Robust PLR, as many updates
     python benchmarks/reproduce.py mazes --total-timesteps 60000000 --values precision=bf16

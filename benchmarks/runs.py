@@ -16,7 +16,11 @@ from common import ROOT, read_csv, read_text, refuse
 
 NAMES = {"uniform": "uniform", "sequential": "sequential", "dr": "DR", "plr": "PLR"}
 NAMES["robust_plr"] = "Robust PLR"
+# with --augment ucb: more columns of the PLR paper's Table 2, and what they are in procgen_easy.csv
+UCB_NAMES = {"uniform": "UCB-DrAC", "plr": "UCB-DrAC + PLR"}
+UCB_METHODS = {"UCB-DrAC": "ucb-drac", "UCB-DrAC + PLR": "ucb-drac+plr"}
 COLORS = {"uniform": "0.45", "DR": "0.45", "sequential": "C2", "PLR": "C0", "Robust PLR": "C3"}
+COLORS |= {"UCB-DrAC": "teal", "UCB-DrAC + PLR": "navy"}
 MORE_COLORS = ("C1", "C4", "C6", "C9", "C8", "C5")  # of variants with other settings
 LENGTHS = {"Procgen": 25_000_000, "Mazes": 250_000_000}  # published: 10 runs, 100 episodes each
 SHOWN = {"Procgen": ["uniform", "plr"], "Mazes": ["dr", "plr", "robust_plr"]}  # and their methods
@@ -113,11 +117,15 @@ def read_run(run_dir: Path) -> Run:
                 keys = result.keys() & {"global_step", "gradient_updates"}
                 found.append({key: result[key] for key in keys} | later)
         last = max(found, key=lambda x: (x.get("global_step", 0), x["episodes"]))
-        others = settings(args).items()
-        names = [f"{key} {x}" for key, x in others if key not in ("precision", "compile")]
+        others = settings(args)
+        method = NAMES[args["curriculum"]]
+        if others.get("augment") == "ucb" and args["curriculum"] in UCB_NAMES:
+            method = UCB_NAMES[args["curriculum"]]
+            del others["augment"]
+        names = [f"{key} {x}" for key, x in others.items() if key not in ("precision", "compile")]
         origin = json.loads(read_text(run_dir / "run.json") or "{}")
         progress = read_columns(run_dir / "progress.csv")
-        variant = ", ".join([NAMES[args["curriculum"]], *names])
+        variant = ", ".join([method, *names])
         last = {"global_step": 0} | last
         name = run_dir.resolve().name
         return Run(name, args, origin, progress, evaluations, bool(result), last, variant)
@@ -146,6 +154,7 @@ class Section:
                 self.evaluated[name] = members
         # Variant -> curriculum of published numbers; none beside runs with other settings only.
         shown = {NAMES[curriculum]: curriculum for curriculum in SHOWN.get(self.kind, [])}
+        shown |= {name: x for name, x in UCB_METHODS.items() if name in self.variants}
         self.published = shown if shown.keys() & self.variants.keys() else {}
         self.is_as_long = self.length == millions(LENGTHS.get(self.kind, 0))
         others = [name for name in self.variants if name not in COLORS]

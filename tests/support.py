@@ -311,7 +311,7 @@ class Corridor(gym.vector.VectorEnv):
 class TableAgent(torch.nn.Module):
     """An agent of the corridor whose values and logits are known."""
 
-    def __init__(self, envs: Any = None, precision: str = "fp32"):
+    def __init__(self, envs: Any = None, precision: str = "fp32", encoder: str = "impala"):
         super().__init__()
         self.weight = torch.nn.Parameter(torch.zeros(1))
         self.num_actions = LOGITS.shape[-1]

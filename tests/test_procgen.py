@@ -433,7 +433,8 @@ def test_evaluation_plays_each_level_once_to_its_end_and_leaves_the_training_str
     assert torch.equal(before, torch.get_rng_state())
     episodes = result["episodes"]
     assert [envs.num_envs for envs in made] == [150]  # for both chunks
-    assert whole_resets == episodes["test_levels"] + episodes["train_levels"]
+    played = episodes["test_levels"] + episodes["train_levels"]
+    assert whole_resets[: len(played)] == played  # then it looks for flawed levels
     for part in ("test", "train"):
         expected = [
             REWARDS[level % 3][: LENGTHS[level % 3]].sum() for level in episodes[f"{part}_levels"]

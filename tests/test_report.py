@@ -219,6 +219,30 @@ def test_a_full_reproduction_stands_beside_the_paper_and_lacks_nothing(tmp_path)
     assert rows["starpilot: PLR, ours − published",][0].startswith("+18.60, p ")
 
 
+def test_ucb_drac_stands_beside_its_columns_of_the_paper(tmp_path):
+    for seed in (1, 2):
+        starpilot(tmp_path, "uniform", seed, 20.0)
+        starpilot(tmp_path, "plr", seed, 30.0)
+        starpilot(tmp_path / "ucb", "uniform", seed, 25.0, augment="ucb")
+        starpilot(tmp_path / "ucb", "plr", seed, 40.0, augment="ucb")
+    starpilot(tmp_path / "crop", "plr", 1, 35.0, augment="crop")
+    run_dirs = [path.parent for path in tmp_path.rglob("args.json")]
+    text, *_ = report.report(run_dirs)
+    rows = table_of(text, "game")
+    papers = {name: cells[-1] for (game, name), cells in rows.items() if game == "starpilot"}
+    assert papers == {
+        "uniform": "26.8 ± 1.5",
+        "UCB-DrAC": "31.7 ± 2.4",
+        "PLR": "27.9 ± 4.4",
+        "UCB-DrAC + PLR": "29.6 ± 2.2",
+        "PLR, augment crop": "–",
+    }
+    rows = table_of(text, "% of uniform's return", 1)
+    assert rows["UCB-DrAC + PLR",][0] == "200.0 ± 0.0"
+    assert rows["UCB-DrAC + PLR",][2:] == ["110.4", "176.4 ± 6.1"]
+    assert rows["UCB-DrAC",][2:] == ["118.3", "129.8 ± 8.2"]
+
+
 def test_what_is_less_than_the_papers_stands_once_above_the_tables(tmp_path):
     for seed in (1, 2):
         starpilot(tmp_path, "uniform", seed, 20.0)

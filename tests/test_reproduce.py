@@ -1,6 +1,7 @@
 """benchmarks/reproduce.py and collect.py: which runs they start, what they keep of a run."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,14 @@ def test_procgen_starts_the_papers_320_runs_or_some_of_them(monkeypatch, capsys,
     assert [line.split(f" {tmp_path}")[0] for line in lines] == [
         f"python ppo_plr_procgen.py --env-id {game} {expected}" for game in ("leaper", "bigfish")
     ]
+
+
+def test_the_columns_with_ucb_drac_are_two_values_of_augment(monkeypatch, capsys, tmp_path):
+    flags = f"procgen --games leaper --seeds 3 --out {tmp_path} --dry-run"
+    lines = call(monkeypatch, capsys, f"{flags} --values augment=none,ucb")
+    flags = [re.findall("--(?:curriculum|augment) (\\S+)", line) for line in lines]
+    columns = [["uniform", "none"], ["uniform", "ucb"], ["plr", "none"], ["plr", "ucb"]]
+    assert sorted(flags) == sorted(columns)
 
 
 def test_mazes_start_dcds_30_runs_or_robust_plr_for_as_many_updates(monkeypatch, capsys, tmp_path):
