@@ -478,7 +478,7 @@ def train(args: Args, run: "Run") -> None:
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
         rewards = to_numpy(own_rewards)
         finished = finished_episodes(args, rewards, ended)
-        sampler.record_returns(levels[ended], finished["return"])  # for max_mc
+        sampler.record_returns(levels[ended], finished["return"])  # for three scores
         logprobs.copy_(logits.gather(-1, actions[..., None]).squeeze(-1))
         if args.bootstrap_timeouts:
             values[T] = agent.act(next_obs, lstm_state, noise[own])[1]
@@ -1513,7 +1513,7 @@ def check_environment(env_id: str, max_steps: int | None) -> int:
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
-FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
 FAILURES: set[str] = set()  # of what is optional, that were said
 WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
 LOSSES = (
