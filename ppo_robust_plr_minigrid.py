@@ -568,20 +568,20 @@ def negative_advantages(
     Of step t, with K steps to the end of its episode or of the rollout: n-step advantages that are
     never above 0, G_0 = 0, G_n = min(0, G_(n-1) + gamma^(n-1) delta_(t+n-1)), mixed as in GAE,
     (1 - lambda) (G_1 + lambda G_2 + ... + lambda^(K-2) G_(K-1)) + lambda^(K-1) G_K, and negated.
+    That is minus the sum of lambda^(n-1) (G_n - G_(n-1)).
     """
     T = len(deltas)
     delta = torch.from_numpy(deltas).to(device)
     goes_on = torch.from_numpy(~ended).to(device).float()
-    goes_on[-1] = 0.0
-    advantage = torch.zeros_like(delta)
-    has_more = torch.ones_like(delta)  # 1: the step has a G_(n + 1)
+    g = torch.zeros_like(delta)
+    in_episode = torch.ones_like(delta)  # 1: step t + n belongs to the episode of step t
     mixed = torch.zeros_like(delta)
     for n in range(longest_episode(ended)):
-        steps = slice(T - n)  # further ones have no n steps after them
-        advantage = (advantage[steps] + args.gamma**n * delta[n:]).clamp_(max=0)  # G_(n + 1)
-        weight = args.gae_lambda**n * (1 - args.gae_lambda * goes_on[n:])
-        mixed[steps] += has_more[steps] * weight * advantage
-        has_more = has_more[steps] * goes_on[n:]
+        rest = slice(T - n)  # the steps t for which there is a step t + n
+        before = g[rest]
+        g = torch.addcmul(before, in_episode[rest], delta[n:], value=args.gamma**n).clamp_(max=0)
+        mixed[rest].add_(g - before, alpha=args.gae_lambda**n)
+        in_episode = in_episode[rest] * goes_on[n:]
     return -mixed.cpu().numpy()
 
 
