@@ -253,7 +253,7 @@ def test_each_score_by_hand(score, monkeypatch, tmp_path):
     expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)
     returns = returns_by_hand(levels, dones, rewards)
     variances = {level: np.var(returns[level][-10:]) for level in returns}
-    assert max(variances.values()) > 0.01 and max(map(len, returns.values())) > 10
+    assert max(variances.values()) > 0.01
     expected["learnability"] = np.vectorize(lambda level: variances.get(level, 0.0))(levels)
     expected = expected[score]
     np.testing.assert_allclose(step_scores, expected, rtol=1e-5, atol=1e-5)
