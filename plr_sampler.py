@@ -9,6 +9,12 @@ NumPy only. It knows nothing of environments and networks; copy this file next t
     sampler.update(played_levels, step_scores, dones)  # after it, from arrays of shape (T, N)
     sampler.update_scores(played_levels, scores)  # or one score per episode, however you got it
 
+The sampler also remembers returns: of each level the best and the last few, from which come the
+best return (`best_returns`, for MaxMC) and learnability, as scores for either of the two above:
+
+    sampler.record_returns(ended_levels, returns)  # (n,) each: of the episodes that have ended
+    sampler.update_scores(ended_levels, sampler.learnability(ended_levels))
+
 For a loop that keeps no rollout, StepScorer at the end of this file scores episodes step by step.
 
 Papers: PLR, Jiang et al. 2021 (arXiv 2010.03934); Robust PLR, Jiang et al. 2021 (arXiv 2110.02439).
@@ -51,7 +57,9 @@ class NewLevel(NamedTuple):
     """A level that the buffer does not hold: drawn, not yet scored."""
 
     number: int  # 1 for the first new level that was drawn
-    best_return: float  # nan before an episode has finished
+    best_return: float = np.nan  # nan before an episode has finished
+    episodes: int = 0  # that have finished
+    returns: tuple[float, ...] = ()  # the last ones
 
 
 def require(condition: Any, message: str) -> None:
@@ -166,6 +174,15 @@ def lookup(levels: ndarray, known: ndarray, order: ndarray) -> ndarray:
     return np.where(known[at] == levels, order[at], -1)
 
 
+def spread(function: Callable[[ndarray], ndarray], levels: ndarray) -> ndarray:
+    """function of levels, (n,) -> (n,), at levels of any shape; it is asked once where a level
+    stands many times in a row, as each environment's does in (T, N)."""
+    by_env = levels.T.ravel()
+    first = np.append(True, by_env[1:] != by_env[:-1])[: len(by_env)]
+    run = np.cumsum(first) - 1
+    return function(by_env[first])[run].reshape(levels.T.shape).T
+
+
 def split_episodes(levels: ndarray, step_scores: ndarray, dones: ndarray) -> np.recarray:
     """Cuts a rollout into episodes and parts of episodes, one environment after another.
 
@@ -197,7 +214,8 @@ class LevelSampler:
     """Scores, staleness and replay of levels: of a fixed set, or of a bounded buffer over many.
 
     To read, per level of the set or slot of the buffer, (L,): `levels` int64 (-1: empty slot),
-    `scores` float64, `seen` bool (has been scored), `best_return` float64 (nan before the first).
+    `scores` float64, `seen` bool (has been scored), `best_return` float64 (nan before the first),
+    `episodes` int64 that have finished.
     `playing` (N,) int64: each environment's level, or -1.
     `counts`: started = completed + in progress + dropped, at any time.
     """
@@ -223,6 +241,7 @@ class LevelSampler:
     nu: float = 0.5  # probability of a new level
     alpha: float = 1.0  # weight of a new score in a level's running mean; 1 overwrites
     stitch_episodes: bool = False  # score an episode that spans rollouts as a whole (Algorithm 4)
+    returns_kept: int = 10  # returns remembered of each level, the last ones, for learnability
 
     def __post_init__(self):
         for name, allowed in CHOICES.items():
@@ -231,7 +250,7 @@ class LevelSampler:
         for name in ("eps", "staleness_coef", "rho", "nu", "alpha"):
             value = getattr(self, name)
             require(0 <= value <= 1, f"{name} {value} is not between 0 and 1")
-        for name in ("temperature", "staleness_temperature", "num_envs", "alpha"):
+        for name in ("temperature", "staleness_temperature", "num_envs", "alpha", "returns_kept"):
             value = getattr(self, name)
             require(value > 0, f"{name} {value} is not above 0")
         self.fixed = self.levels is not None
@@ -253,6 +272,10 @@ class LevelSampler:
         self.scores = np.zeros(size)
         self.seen = np.zeros(size, bool)
         self.best_return = np.full(size, np.nan)
+        self.episodes = np.zeros(size, np.int64)
+        # The last returns, nan where there are fewer: that of a level's k-th episode (from 0) is in
+        # column k % returns_kept.
+        self._returns = np.full((size, self.returns_kept), np.nan)
         self.playing = np.full(self.num_envs, -1, np.int64)
         kinds = (
             "started",
@@ -440,7 +463,7 @@ class LevelSampler:
         for level in levels[slots < 0].tolist():
             if level not in self._candidates:
                 self._num_candidates += 1
-                self._candidates[level] = NewLevel(self._num_candidates, np.nan)
+                self._candidates[level] = NewLevel(self._num_candidates)
 
     def _reset_staleness(self, slots: ndarray) -> None:
         """Each draw of slots (k,) is a tick of the clock; a slot keeps the tick of its last."""
@@ -552,42 +575,54 @@ class LevelSampler:
         self.scores[slot] = score
         self.seen[slot] = True
         self.best_return[slot] = candidate.best_return
+        self.episodes[slot] = candidate.episodes
+        self._returns[slot] = np.nan
+        kept = np.arange(candidate.episodes)[-self.returns_kept :]
+        self._returns[slot, kept % self.returns_kept] = candidate.returns
         # Its staleness is the number of new levels drawn after it: their draws do not advance the
         # buffer's clock.
         self._drawn_at[slot] = self._clock - (self._num_candidates - candidate.number)
         self._index_seen()
 
     def record_returns(self, levels: ndarray, returns: ndarray) -> None:
-        """Keeps the best return of each level (MaxMC's R_max), from finished episodes.
+        """Remembers the returns of finished episodes: of each level the best and the last ones.
 
-        levels (n,) integers, returns (n,). ValueError for other shapes and unknown levels.
+        levels (n,) integers, returns (n,), in order of time. ValueError for other shapes and
+        unknown levels. A level that the buffer neither holds nor awaits is left out.
         """
         levels = as_levels(levels)
         returns = np.asarray(returns, np.float64)
-        message = f"returns has shape {returns.shape}, that of levels is {levels.shape}"
-        require(levels.shape == returns.shape, message)
+        message = f"returns has shape {returns.shape}, not (n,) as levels: {levels.shape}"
+        require(levels.ndim == 1 and levels.shape == returns.shape, message)
+        order = np.argsort(levels, kind="stable")  # level after level, each in order of time
+        levels, returns = levels[order], returns[order]
         slots = self._slots(levels)
         held = slots >= 0
-        np.fmax.at(self.best_return, slots[held], returns[held])
-        new_levels, which = np.unique(levels[~held], return_inverse=True)
-        best_of_new = np.full(len(new_levels), np.nan)
-        np.fmax.at(best_of_new, which, returns[~held])
-        for level, value in zip(new_levels.tolist(), best_of_new.tolist()):
+        self._record_held(slots[held], returns[held])
+        new_levels, first = np.unique(levels[~held], return_index=True)
+        for level, its_returns in zip(new_levels.tolist(), np.split(returns[~held], first[1:])):
             if level in self._candidates:
-                number, best = self._candidates[level]
-                self._candidates[level] = NewLevel(number, float(np.fmax(best, value)))
+                number, best, episodes, kept = self._candidates[level]
+                best = float(np.fmax(best, np.fmax.reduce(its_returns)))
+                episodes += len(its_returns)
+                kept = (*kept, *its_returns.tolist())[-self.returns_kept :]
+                self._candidates[level] = NewLevel(number, best, episodes, kept)
+
+    def _record_held(self, slots: ndarray, returns: ndarray) -> None:
+        """slots (n,), those of one level in a row, returns (n,)."""
+        np.fmax.at(self.best_return, slots, returns)
+        _, first, run = np.unique(slots, return_index=True, return_inverse=True)
+        number = self.episodes[slots] + np.arange(len(slots)) - first[run]
+        # of those that share a column, the last stays
+        self._returns[slots, number % self.returns_kept] = returns
+        np.add.at(self.episodes, slots, 1)
 
     def best_returns(self, levels: ndarray, default: float = 0.0) -> ndarray:
         """The best return recorded for levels, any shape, as float64 of that shape.
 
         `default` where no episode has finished yet. ValueError for unknown levels.
         """
-        levels = as_levels(levels)
-        by_env = levels.T.ravel()  # where a level stands many times in a row
-        first = np.append(True, by_env[1:] != by_env[:-1])[: len(by_env)]
-        run = np.cumsum(first) - 1
-        best = self._best_returns(by_env[first], default)[run]
-        return best.reshape(levels.T.shape).T
+        return spread(functools.partial(self._best_returns, default=default), as_levels(levels))
 
     def _best_returns(self, levels: ndarray, default: float) -> ndarray:
         slots = self._slots(levels)
@@ -599,6 +634,54 @@ class LevelSampler:
             order = np.argsort(known)
             best[new] = np.append(returns, np.nan)[lookup(levels[new], known[order], order)]
         return np.where(np.isnan(best), default, best)
+
+    def learnability(self, levels: ndarray) -> ndarray:
+        """p (1 - p), levels of any shape -> float64 of that shape: a score for returns that say
+        success (above 0) or failure.
+
+        p is the success rate over the episodes that are remembered of the level, the last
+        `returns_kept`; 0 before there are two. SFL, Rutherford et al. 2024 (arXiv 2408.15099), who
+        play up to 10 episodes with one policy; here the policy learns between them. ValueError for
+        unknown levels.
+        """
+        return spread(self._learnability, as_levels(levels))
+
+    def _learnability(self, levels: ndarray) -> ndarray:
+        returns = self._last_returns(levels)
+        successes = (returns > 0).sum(axis=1)
+        failures = (returns <= 0).sum(axis=1)
+        return successes * failures / np.maximum(successes + failures, 1) ** 2
+
+    def return_variance(self, levels: ndarray) -> ndarray:
+        """How the returns that are remembered of a level vary: what `learnability` becomes where
+        returns say more than success or failure. Levels of any shape -> float64 of that shape.
+
+        The variance (with 1 / n) of the last `returns_kept` returns; for returns of 0 and 1 it is
+        p (1 - p). 0 before there are two. NCC, Monette et al. 2025 (arXiv 2505.20659), takes their
+        standard deviation, weighted by a normal density at their mean. ValueError for unknown
+        levels.
+        """
+        return spread(self._return_variance, as_levels(levels))
+
+    def _return_variance(self, levels: ndarray) -> ndarray:
+        returns = self._last_returns(levels)
+        known = ~np.isnan(returns)
+        episodes = np.maximum(known.sum(axis=1), 1)
+        mean = np.where(known, returns, 0).sum(axis=1) / episodes
+        deviations = np.where(known, returns - mean[:, None], 0)
+        return (deviations**2).sum(axis=1) / episodes
+
+    def _last_returns(self, levels: ndarray) -> ndarray:
+        """(n,) -> (n, returns_kept), in no order; nan where there are fewer."""
+        slots = self._slots(levels)
+        held = slots >= 0
+        returns = np.full((len(levels), self.returns_kept), np.nan)
+        returns[held] = self._returns[slots[held]]
+        for i in np.flatnonzero(~held).tolist():
+            candidate = self._candidates.get(int(levels[i]))
+            if candidate is not None:
+                returns[i, : len(candidate.returns)] = candidate.returns
+        return returns
 
     # ---- state -----------------------------------------------------------------------------------
 
@@ -626,12 +709,15 @@ class LevelSampler:
             "late": self.counts["late"],
         }
 
-    _ARRAYS = ("levels", "scores", "seen", "best_return", "playing", "_drawn_at")
-    _ARRAYS += ("_tail_level", "_tail_steps", "_tail_sum", "_tail_max")
+    _ARRAYS = ("levels", "scores", "seen", "best_return", "episodes", "_returns", "playing")
+    _ARRAYS += ("_drawn_at", "_tail_level", "_tail_steps", "_tail_sum", "_tail_max")
 
     def state_dict(self) -> dict[str, Any]:
         """All that decides the future, generator included: arrays, numbers and strings only."""
         candidates = self._candidates.values()
+        returns = np.full((len(candidates), self.returns_kept), np.nan)
+        for row, new in zip(returns, candidates):
+            row[: len(new.returns)] = new.returns
         return {
             "fixed": self.fixed,
             "arrays": {name: getattr(self, name).copy() for name in self._ARRAYS},
@@ -639,6 +725,8 @@ class LevelSampler:
                 "levels": np.array(list(self._candidates), np.int64),
                 "numbers": np.array([new.number for new in candidates], np.int64),
                 "best_returns": np.array([new.best_return for new in candidates], np.float64),
+                "episodes": np.array([new.episodes for new in candidates], np.int64),
+                "returns": returns,
             },
             "counts": dict(self.counts),
             "clock": self._clock,
@@ -661,15 +749,16 @@ class LevelSampler:
         if self.fixed:
             require((arrays["levels"] == self.levels).all(), message)
         columns = [np.asarray(column).tolist() for column in state["candidates"].values()]
-        require(len(columns[0]) == len(columns[1]) == len(columns[2]), message)
+        require(len(set(map(len, columns))) == 1, message)
 
         self.rng.bit_generator.state = state["rng"]
         for name in self._ARRAYS:
             getattr(self, name)[:] = arrays[name]
         self._index()
         self._candidates = {}
-        for level, number, best_return in zip(*columns):
-            self._candidates[level] = NewLevel(number, best_return)
+        for level, number, best_return, episodes, returns in zip(*columns):
+            kept = tuple(returns[: min(episodes, self.returns_kept)])
+            self._candidates[level] = NewLevel(number, best_return, episodes, kept)
         self.counts = dict(state["counts"])
         self._clock = state["clock"]
         self._next = state["next"]

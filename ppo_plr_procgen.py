@@ -75,7 +75,7 @@ GAMES_WITH_MODE = {
 OWN_ENVS = ()  # a fork's names of what its make_envs makes: more values of --env-id
 SCORES = (
     "value_l1", "gae", "positive_value_loss", "one_step_td_error",
-    "policy_entropy", "least_confidence", "min_margin", "max_mc",
+    "policy_entropy", "least_confidence", "min_margin", "max_mc", "learnability",
 )  # fmt: skip
 # levels below are for training, from here to 2**31 - 1 for testing: no run trains on those
 FIRST_TEST_LEVEL = 2**30
@@ -458,7 +458,7 @@ def train(args: Args, run: "Run") -> None:
         phase("rest")
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
         scaled_rewards, finished = episodes.add(rewards, ended)
-        sampler.record_returns(levels[ended], finished["scaled_return"])  # for max_mc
+        sampler.record_returns(levels[ended], finished["scaled_return"])  # for two scores
         # bootstrap value if not done
         values[T] = acting.get_value(next_obs)
         nextvalues = to_numpy(values[1:])
@@ -491,6 +491,8 @@ def train(args: Args, run: "Run") -> None:
             step_scores = to_numpy(1 + logits.exp().topk(2).values.diff(dim=-1).squeeze(-1))
         elif args.score == "max_mc":  # Robust PLR: best return so far, in the scale of its day
             step_scores = sampler.best_returns(levels).astype(np.float32) - b_values
+        elif args.score == "learnability":  # of returns that are no success or failure
+            step_scores = sampler.return_variance(levels)
         phase("sampler")
         sampler.update(levels, step_scores, ended)
 
@@ -1256,7 +1258,7 @@ def check_args(args: Args) -> None:
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
-FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
 FAILURES: set[str] = set()  # of what is optional, that were said
 WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
 LOSSES = (

@@ -74,6 +74,7 @@ roomgrid_level.print = lambda *words: None
 SCORES = (
     "max_mc", "positive_value_loss", "value_l1", "gae",
     "one_step_td_error", "policy_entropy", "least_confidence", "min_margin",
+    "learnability", "mna", "regret",
 )  # fmt: skip
 # levels (reset seeds) below are for training, those from here on for evaluation
 FIRST_TEST_LEVEL = 2**30
@@ -122,8 +123,10 @@ class Args:
     curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
     replay_prob: float = 0.5  # probability of a rollout on replayed levels, after --rho
     buffer_size: int = 4000  # levels kept for replay
-    # estimate of a level's regret; the formulas stand at LEVEL SCORES in train()
+    # estimate of a level's regret; the formulas stand at LEVEL SCORES in train(). regret is no
+    # estimate but the true one, of mazes: what the others can be measured by
     score: Literal[SCORES] = "max_mc"
+    gate_unsolved: bool = False  # levels never solved score 0: where many cannot be solved
     score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"
     temperature: float = 0.1  # of the transform (PLR's beta): lower is greedier
     staleness_coef: float = 0.3  # share of replay by staleness (PLR's rho)
@@ -472,51 +475,42 @@ def train(args: Args, run: "Run") -> None:
                 next_levels = sampler.next_levels(next_done, replay, again)
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
-                obs, _ = envs.reset(seed=next_levels[own].tolist(), options=options)
-                overwrite(next_obs, obs)
+                overwrite(next_obs, envs.reset(seed=next_levels[own].tolist(), options=options)[0])
 
         # ---- advantages (GAE), of all environments ----
         phase("rest")
         ended = np.concatenate((dones[1:], next_done[None]))  # (T, N): step t ended its episode
         rewards = to_numpy(own_rewards)
         finished = finished_episodes(args, rewards, ended)
-        sampler.record_returns(levels[ended], finished["return"])  # for max_mc
+        sampler.record_returns(levels[ended], finished["return"])  # for three scores
         logprobs.copy_(logits.gather(-1, actions[..., None]).squeeze(-1))
         if args.bootstrap_timeouts:
             values[T] = agent.act(next_obs, lstm_state, noise[own])[1]
         b_values = to_numpy(values[:-1])
-        nextnonterminal = 1.0 - ended.astype(np.float32)
-        nextvalues = to_numpy(values[1:]) * nextnonterminal + to_numpy(final_values)
-        deltas = rewards + args.gamma * nextvalues - b_values
-        advantages = np.zeros_like(deltas)
-        lastgaelam = np.zeros(N, np.float32)
-        for t in reversed(range(args.num_steps)):
-            lastgaelam = deltas[t] + args.gamma * args.gae_lambda * nextnonterminal[t] * lastgaelam
-            advantages[t] = lastgaelam
+        deltas, advantages = gae(args, rewards, to_numpy(values), to_numpy(final_values), ended)
         returns = advantages + b_values
         run.require_finite("an advantage", advantages)
 
         # ---- LEVEL SCORES (Algorithm 1: the score S, then the buffer's update) ----
         # step_scores (T, N): the sampler averages them over each episode. Yours is one more line.
-        if args.score == "max_mc":  # regret, estimated with the best return so far on the level
-            step_scores = sampler.best_returns(levels).astype(np.float32) - b_values
-        elif args.score == "positive_value_loss":
-            step_scores = advantages.clip(min=0)
-        elif args.score == "value_l1":
-            step_scores = np.abs(advantages)
-        elif args.score == "gae":
-            step_scores = advantages
-        elif args.score == "one_step_td_error":
-            step_scores = np.abs(deltas)
-        elif args.score == "policy_entropy":
-            step_scores = to_numpy(-(logits.exp() * logits).sum(-1) / math.log(agent.num_actions))
-        elif args.score == "least_confidence":
-            step_scores = to_numpy(1 - logits.exp().amax(-1))
-        elif args.score == "min_margin":
-            step_scores = to_numpy(1 + logits.exp().topk(2).values.diff(dim=-1).squeeze(-1))
-        score_tails = args.bootstrap_timeouts and args.score != "max_mc"
+        best_returns = sampler.best_returns(levels).astype(np.float32)  # so far on the level
+        probs = logits.exp()
+        step_scores = {
+            "max_mc": best_returns - b_values,  # regret, estimated
+            "positive_value_loss": advantages.clip(min=0),
+            "value_l1": np.abs(advantages),
+            "gae": advantages,
+            "one_step_td_error": np.abs(deltas),
+            "policy_entropy": to_numpy(-(probs * logits).sum(-1) / math.log(agent.num_actions)),
+            "least_confidence": to_numpy(1 - probs.amax(-1)),
+            "min_margin": to_numpy(1 + probs.topk(2).values.diff(dim=-1).squeeze(-1)),
+            "learnability": sampler.learnability(levels),
+            "mna": negative_advantages(args, deltas, ended, device) * (best_returns > 0),
+            "regret": true_regret(args, levels, ended, finished["return"]),
+        }
+        scores = step_scores[args.score] * (best_returns > 0 if args.gate_unsolved else 1)
         phase("sampler")
-        sampler.update(levels, step_scores, ended, score_tails=score_tails)
+        sampler.update(levels, scores, ended, score_tails=not needs_whole_episodes(args))
 
         # ---- update (PPO; Algorithm 1: if d = 1, update the policy) ----
         phase("update")
@@ -536,12 +530,140 @@ def train(args: Args, run: "Run") -> None:
 
         # ---- log, evaluate, save ----
         row = log_row(run, losses, updates, finished, sampler, returns, b_values)
+        row |= score_correlations(args, step_scores, levels, ended)
         run.log_iteration(row | level_metrics(args, sampler, levels[dones], replay))
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
             run.log_pictures(lambda: level_pictures(args, sampler, run.iteration))
         run.end_iteration(envs)
     run.finish(envs, lambda: evaluate(agent, args, device))
+
+
+# ---- advantages, level scores --------------------------------------------------------------------
+
+
+def gae(
+    args: Args,
+    rewards: np.ndarray,
+    values: np.ndarray,
+    final_values: np.ndarray,
+    ended: np.ndarray,
+) -> tuple[np.ndarray, np.ndarray]:
+    """TD errors and advantages (T, N) float32. rewards (T, N), values (T + 1, N), final_values
+    (T, N): what counts after the end of an episode, ended (T, N) bool: the step ended one."""
+    nextnonterminal = 1.0 - ended.astype(np.float32)
+    nextvalues = values[1:] * nextnonterminal + final_values
+    deltas = rewards + args.gamma * nextvalues - values[:-1]
+    advantages = np.zeros_like(deltas)
+    lastgaelam = np.zeros_like(deltas[0])
+    for t in reversed(range(len(deltas))):
+        lastgaelam = deltas[t] + args.gamma * args.gae_lambda * nextnonterminal[t] * lastgaelam
+        advantages[t] = lastgaelam
+    return deltas, advantages
+
+
+def negative_advantages(
+    args: Args, deltas: np.ndarray, ended: np.ndarray, device: torch.device
+) -> np.ndarray:
+    """Maximised negative advantages, Mead et al. 2026 (arXiv 2601.14957), without their factor
+    (1 if the level was ever solved, else 0): TD errors (T, N), ended (T, N) bool -> (T, N) float32,
+    at least 0.
+
+    Of step t, with K steps to the end of its episode or of the rollout: n-step advantages that are
+    never above 0, G_0 = 0, G_n = min(0, G_(n-1) + gamma^(n-1) delta_(t+n-1)), mixed as in GAE,
+    (1 - lambda) (G_1 + lambda G_2 + ... + lambda^(K-2) G_(K-1)) + lambda^(K-1) G_K, and negated.
+    That is minus the sum of lambda^(n-1) (G_n - G_(n-1)).
+    """
+    T = len(deltas)
+    delta = torch.from_numpy(deltas).to(device)
+    goes_on = torch.from_numpy(~ended).to(device).float()
+    g = torch.zeros_like(delta)
+    in_episode = torch.ones_like(delta)  # 1: step t + n belongs to the episode of step t
+    mixed = torch.zeros_like(delta)
+    for n in range(longest_episode(ended)):
+        rest = slice(T - n)  # the steps t for which there is a step t + n
+        before = g[rest]
+        g = torch.addcmul(before, in_episode[rest], delta[n:], value=args.gamma**n).clamp_(max=0)
+        mixed[rest].add_(g - before, alpha=args.gae_lambda**n)
+        in_episode = in_episode[rest] * goes_on[n:]
+    return -mixed.cpu().numpy()
+
+
+def longest_episode(ended: np.ndarray) -> int:
+    """Steps of it, ended (T, N) bool; the rollout ends one everywhere."""
+    lasts = np.concatenate((ended[:-1], np.ones_like(ended[:1]))).T.ravel()
+    return int(np.diff(np.flatnonzero(lasts), prepend=-1).max())
+
+
+def true_regret(
+    args: Args, levels: np.ndarray, ended: np.ndarray, returns: np.ndarray
+) -> np.ndarray:
+    """Of each step's maze, (T, N) float64: the best possible return minus the mean return of its
+    episodes that ended in the rollout. 0 for a maze that cannot be solved in time; nan where the
+    best possible return is not known: in registered environments.
+
+    levels (T, N) int64, ended (T, N) bool, returns: those of levels[ended].
+    """
+    if args.env_id != "maze":
+        return np.full(levels.shape, np.nan)
+    played, which = np.unique(levels, return_inverse=True)
+    which = which.reshape(levels.shape)
+    episodes = np.bincount(which[ended], minlength=len(played))
+    totals = np.bincount(which[ended], returns, minlength=len(played))
+    best = best_possible_returns(mazes_of(args, played), args.max_steps)
+    return (best - totals / np.maximum(episodes, 1))[which]
+
+
+def best_possible_returns(mazes: "Mazes", max_steps: int) -> np.ndarray:
+    """(n,) float32, by `fewest_actions`: of an agent that sees the whole maze, so more than one
+    that has to search can hope for. 0 where the goal cannot be reached in time."""
+    actions = fewest_actions(mazes)
+    in_time = (actions >= 0) & (actions <= max_steps)
+    return np.where(in_time, 1 - 0.9 * (actions / max_steps), 0).astype(np.float32)
+
+
+def score_correlations(
+    args: Args, step_scores: dict[str, np.ndarray], levels: np.ndarray, ended: np.ndarray
+) -> dict[str, float]:
+    """More of a row of progress.csv, for mazes: how each score, (T, N), ranks the levels of the
+    rollout's first 256 environments beside true regret. Spearman's rank correlation.
+
+    A level's score is the mean over its whole episodes of the mean over their steps. nan: all
+    levels are equal, or there is no buffer that remembers returns.
+    """
+    if args.env_id != "maze":
+        return {}
+    ended = ended[:, :256].T.ravel()  # one environment after another
+    lasts = ended | (np.arange(len(ended)) % len(levels) == len(levels) - 1)
+    ends = np.flatnonzero(lasts)
+    starts = np.append(0, ends[:-1] + 1)
+    whole = ended[ends]
+    played, level = np.unique(levels[:, :256].T.ravel()[ends[whole]], return_inverse=True)
+    of_levels = {}
+    for name, x in step_scores.items():
+        sums = np.add.reduceat(x[:, :256].T.ravel(), starts)
+        means = (sums / (ends - starts + 1))[whole]
+        of_levels[name] = np.bincount(level, means) / np.bincount(level)
+    regret = of_levels.pop("regret")
+    correlations = {name: rank_correlation(x, regret) for name, x in of_levels.items()}
+    if args.curriculum == "dr":
+        correlations |= dict.fromkeys(("max_mc", "learnability", "mna"), math.nan)
+    return {f"curriculum/correlation_{name}": x for name, x in correlations.items()}
+
+
+def rank_correlation(x: np.ndarray, y: np.ndarray) -> float:
+    """Spearman's, of (n,) and (n,): Pearson's of the ranks, ties sharing theirs. nan if all of x or
+    all of y are equal."""
+    x, y = centred_ranks(x), centred_ranks(y)
+    norm = math.sqrt((x @ x) * (y @ y))
+    return float(x @ y / norm) if norm else math.nan
+
+
+def centred_ranks(x: np.ndarray) -> np.ndarray:
+    """(n,) float64, 0 on average; what differs by less than 1e-6 or so, by rounding, is equal."""
+    _, which, counts = np.unique(x.round(6), return_inverse=True, return_counts=True)
+    mean_ranks = np.cumsum(counts) - (counts - 1) / 2
+    return mean_ranks[which] - (len(x) + 1) / 2
 
 
 # ---- curriculum, minibatches, log ----------------------------------------------------------------
@@ -851,6 +973,11 @@ def random_mazes(levels: np.ndarray, size: int, num_walls: int, vary: bool = Fal
     )
 
 
+def mazes_of(args: Args, levels: np.ndarray) -> Mazes:
+    """Those of level numbers, (n,) int64."""
+    return random_mazes(levels, args.maze_size, args.num_walls, args.vary_num_walls)
+
+
 def named_maze(name: str, episode: int) -> Mazes:
     """One of NAMED_MAZES. Where it has several possible goals, the episodes take turns."""
     text = NAMED_MAZES[name]
@@ -902,6 +1029,32 @@ def shortest_paths(mazes: Mazes) -> np.ndarray:
         grown &= free
         if (grown == reached).all():
             return steps
+        reached = grown
+
+
+def fewest_actions(mazes: Mazes) -> np.ndarray:
+    """(n,) int64 actions (left, right or forward) to take the agent to the goal, by flood fill over
+    cells and directions of all mazes at once, one bit a maze; -1 if there is no path."""
+    n, height, width = mazes.walls.shape
+    rows = np.arange(n)
+    word = rows // 64
+    bit = np.uint64(1) << (rows % 64).astype(np.uint64)
+    walls = np.pad(mazes.walls, ((0, -n % 64), (0, 0), (0, 0))).transpose(1, 2, 0)
+    free = ~np.packbits(walls, axis=2, bitorder="little").view(np.uint64)  # (height, width, words)
+    reached = np.zeros((4, *free.shape), np.uint64)  # by direction
+    np.bitwise_or.at(reached, (mazes.direction, *mazes.agent.T, word), bit)
+    actions = np.full(n, -1)
+    for number in itertools.count():
+        at_goal = (reached[:, *mazes.goal.T, word] & bit).any(axis=0)
+        actions[(actions < 0) & at_goal] = number
+        grown = reached | reached[[3, 0, 1, 2]] | reached[[1, 2, 3, 0]]  # right, left
+        grown[0, :, 1:] |= reached[0, :, :-1]
+        grown[1, 1:] |= reached[1, :-1]
+        grown[2, :, :-1] |= reached[2, :, 1:]
+        grown[3, :-1] |= reached[3, 1:]
+        grown &= free
+        if (actions >= 0).all() or (grown == reached).all():
+            return actions
         reached = grown
 
 
@@ -1274,6 +1427,8 @@ def check_args(args: Args) -> None:
     time_limit = args.max_steps
     if args.env_id != "maze":
         require_default(args, ["num_walls", "vary_num_walls", "maze_size"], "--env-id maze")
+        why = "regret needs the best possible return, which is known of --env-id maze only"
+        require(args, ["score"], lambda x: x != "regret", f"another: {why}")
         time_limit = check_environment(args.env_id, args.max_steps)
     if args.env_id == "maze":
         most = (args.maze_size - 2) ** 2 - 2
@@ -1283,27 +1438,30 @@ def check_args(args: Args) -> None:
         return
     all_envs = f"at least --num-envs {args.num_envs}"
     require(args, ["buffer_size"], lambda x: x >= args.num_envs, all_envs)
+    if args.score == "mna":
+        require(args, ["gate_unsolved"], lambda x: not x, "left out: --score mna has that gate")
     if args.score in ("gae", "max_mc"):
         another = f"another: --score {args.score} can be negative"
         require(args, ["score_transform"], lambda x: x != "power", another)
     if needs_whole_episodes(args):
         why = "an episode that is cut off is not scored"
         if args.bootstrap_timeouts:
-            why = "max_mc needs whole episodes"
+            why = f"{args.score} needs whole episodes"
         limit = f"at least {time_limit}, the time limit: {why}"
         require(args, ["num_steps"], lambda x: x >= time_limit, limit)
 
 
 def needs_whole_episodes(args: Args) -> bool:
     """Whether an episode that the end of a rollout cuts off is one that is never scored."""
-    return args.curriculum != "dr" and (args.score == "max_mc" or not args.bootstrap_timeouts)
+    of_returns = args.score in ("max_mc", "learnability", "regret")
+    return args.curriculum != "dr" and (of_returns or not args.bootstrap_timeouts)
 
 
 def check_curriculum(args: Args) -> None:
     """Every flag of the curriculum does something, or is refused by its own name."""
     if args.curriculum == "dr":
         flags = ["replay_prob", "nu", "buffer_size", "score", "score_transform", "temperature"]
-        flags += ["staleness_coef", "replay_schedule", "rho", "alpha"]
+        flags += ["staleness_coef", "replay_schedule", "rho", "alpha", "gate_unsolved"]
         require_default(args, flags, "--curriculum robust_plr or plr")
         return
     if args.nu is None:
@@ -1359,7 +1517,7 @@ def check_environment(env_id: str, max_steps: int | None) -> int:
 
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
-FORMAT = f"{Path(__file__).stem} 4"  # of checkpoint.pt
+FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
 FAILURES: set[str] = set()  # of what is optional, that were said
 WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
 LOSSES = (

@@ -15,6 +15,7 @@ from matplotlib.ticker import EngFormatter
 BAND = {"lw": 8, "alpha": 0.2}  # in a legend
 MARKS = {"marker": "o", "ms": 4}
 PAPER = {"ls": ":", "lw": 1.5}
+CORRELATION = "correlation_"  # columns of progress.csv
 
 
 def averaged(runs: list, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
@@ -180,6 +181,41 @@ def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> 
     if section.published:
         looks["dcd, mean of 10 runs after 250M steps"] = PAPER
     return finish(figure, section, looks)
+
+
+def score_correlations(section) -> Figure | None:
+    """How each level score ranks a rollout's levels beside their true regret, over the training: a
+    row for each variant, new levels left, replayed ones right. None if no run has measured it."""
+    measured = {}
+    for name, variant in section.variants.items():
+        runs = [run for run in variant if any(x.startswith(CORRELATION) for x in run.progress)]
+        if runs:
+            measured[name] = runs
+    if not measured:
+        return None
+    columns = [run.progress for runs in measured.values() for run in runs]
+    found = dict.fromkeys(x for progress in columns for x in progress if x.startswith(CORRELATION))
+    colors = {column: f"C{i}" for i, column in enumerate(found)}
+    figure, axes = panels(2 * len(measured), 2, 5.4, 3.7)
+    for row, (name, runs) in enumerate(measured.items()):
+        for kind, what in enumerate(("new levels", "replayed levels")):
+            axis = axes[2 * row + kind]
+            for run in runs:
+                for column in [x for x in colors if x in run.progress]:
+                    line = smoothed(run, column, run.progress["replay"] == kind)
+                    axis.plot(*line, color=colors[column], lw=1.2)
+            axis.axhline(0, color="0.6", lw=0.8)
+            axis.set(
+                title=f"{name}: {what}", xlabel="environment steps", ylim=(-1, 1), xlim=(0, None)
+            )
+            axis.set_ylabel("rank correlation with true regret")
+            axis.xaxis.set_major_formatter(EngFormatter(sep=""))
+    lines = [
+        Line2D([], [], lw=3, color=color, label=column.removeprefix(CORRELATION))
+        for column, color in colors.items()
+    ]
+    figure.legend(handles=lines, loc="outside upper center", ncols=5, frameon=False)
+    return figure
 
 
 def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:

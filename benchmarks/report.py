@@ -306,6 +306,9 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
         if section.kind == "Mazes":
             drawn["_by_maze"] = plots.maze_bars(section, SEVEN, rates)
             tables.insert(1, maze_summary([section]).removeprefix(section.shortcomings()))
+            correlations = plots.score_correlations(section)
+            if correlations:
+                drawn["_score_correlations"] = correlations
         made: dict[str, list[str]] = defaultdict(list)
         for run in section.runs:
             made[run.made].append(run.variant)

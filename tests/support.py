@@ -391,6 +391,33 @@ def scores_by_hand(
     }
 
 
+def mna_by_hand(deltas: np.ndarray, dones: np.ndarray, gamma: float, lam: float) -> np.ndarray:
+    """Maximised negative advantages [T, N] of each step, in plain loops."""
+    scores = np.zeros_like(deltas)
+    T, N = deltas.shape
+    for t, i in np.ndindex(T, N):
+        end = next(k for k in range(t, T) if dones[k, i] or k == T - 1)
+        g, mixed = 0.0, 0.0
+        for k in range(t, end + 1):
+            g = min(0.0, g + gamma ** (k - t) * deltas[k, i])
+            mixed += lam ** (k - t) * g * (1 if k == end else 1 - lam)
+        scores[t, i] = -mixed
+    return scores
+
+
+def returns_by_hand(
+    levels: np.ndarray, dones: np.ndarray, rewards: np.ndarray
+) -> dict[int, list[float]]:
+    """level -> the returns of its finished episodes, in order of time and environment."""
+    returns, sums = {}, np.zeros(levels.shape[1])
+    for step in range(len(levels)):
+        sums += rewards[step]
+        for i in np.flatnonzero(dones[step]):
+            returns.setdefault(int(levels[step, i]), []).append(sums[i])
+            sums[i] = 0.0
+    return returns
+
+
 # ---- PPO written out plainly ---------------------------------------------------------------------
 
 

@@ -506,6 +506,11 @@ BAD = {
         "--max-steps 0": "--max-steps 0 must be at least 1",
         "--score-transform power": "--score-transform power must be another: --score max_mc can "
         "be negative",
+        "--score regret --env-id MiniGrid-MultiRoom-N4-S5-v0": "--score regret must be another: "
+        "regret needs the best possible return, which is known of --env-id maze only",
+        "--score mna --gate-unsolved": "--gate-unsolved True must be left out: --score mna has "
+        "that gate",
+        "--num-steps 249 --bootstrap-timeouts --score regret": "the time limit: regret needs whole",
         "--curriculum uniform": "--curriculum",
     },
 }

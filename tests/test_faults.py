@@ -659,6 +659,7 @@ USELESS = {  # flags -> the one that does nothing
         "--curriculum dr --replay-schedule fixed": "--replay-schedule fixed",
         "--curriculum dr --rho 0.1": "--rho 0.1",
         "--curriculum dr --alpha 0.5": "--alpha 0.5",
+        "--curriculum dr --gate-unsolved": "--gate-unsolved True",
         f"{ROOM} --num-walls 3": "--num-walls 3",
         f"{ROOM} --vary-num-walls": "--vary-num-walls True",
         f"{ROOM} --maze-size 9": "--maze-size 9",

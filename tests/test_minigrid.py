@@ -21,6 +21,7 @@ from minigrid.core.mission import MissionSpace
 from minigrid.core.world_object import Goal, Wall
 from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
+from scipy import stats
 from support import (
     LENGTHS,
     REWARDS,
@@ -31,6 +32,7 @@ from support import (
     assert_trained_like,
     best_returns,
     gae_backwards,
+    mna_by_hand,
     result_of,
     rows,
     scores_by_hand,
@@ -206,6 +208,59 @@ def test_shortest_paths_equal_a_plain_search():
     paths = script.shortest_paths(mazes)
     assert paths.tolist() == [walk(mazes, i) for i in range(300)]
     assert (paths < 0).any() and paths.max() > 15
+
+
+def turn_and_go(mazes: script.Mazes, i: int) -> list[int] | None:
+    """Actions (0 left, 1 right, 2 forward) from agent to goal of maze i, as few as there can be, by
+    an ordinary queue."""
+    start = (tuple(mazes.agent[i].tolist()), int(mazes.direction[i]))
+    queue, seen = [(start, [])], {start}
+    for ((r, c), d), actions in queue:
+        if (r, c) == tuple(mazes.goal[i]):
+            return actions
+        ahead = [(r, c + 1), (r + 1, c), (r, c - 1), (r - 1, c)][d]
+        inside = all(0 <= x < side for x, side in zip(ahead, mazes.walls[i].shape))
+        cell = ahead if inside and not mazes.walls[i][ahead] else (r, c)
+        for action, state in enumerate((((r, c), (d - 1) % 4), ((r, c), (d + 1) % 4), (cell, d))):
+            if state not in seen:
+                seen.add(state)
+                queue.append((state, [*actions, action]))
+    return None
+
+
+@pytest.mark.parametrize("count, size, num_walls", [(300, 11, 40), (65, 15, 25), (1, 5, 0)])
+def test_fewest_actions_equal_a_plain_search(count, size, num_walls):
+    mazes = script.random_mazes(np.arange(count), size, num_walls)
+    found = [turn_and_go(mazes, i) for i in range(count)]
+    expected = [-1 if actions is None else len(actions) for actions in found]
+    assert script.fewest_actions(mazes).tolist() == expected
+    assert num_walls < 40 or (-1 in expected and max(expected) > 20)
+
+
+def test_fewest_actions_in_the_published_mazes():
+    names = [name for name in script.NAMED_MAZES if name != "LargeCorridor"]
+    for maze in [script.perfect_maze(21, 3), *(script.named_maze(name, 1) for name in names)]:
+        assert script.fewest_actions(maze).tolist() == [len(turn_and_go(maze, 0))]
+
+
+def test_who_follows_the_fewest_actions_in_the_package_has_the_best_possible_return():
+    limit, solved, late = 20, 0, 0
+    mazes = script.random_mazes(np.arange(40), 11, 40)
+    best = script.best_possible_returns(mazes, limit)
+    for i in range(40):
+        env = Oracle(script.Mazes(*(part[i : i + 1] for part in mazes)), limit)
+        env.reset()
+        total, over = 0.0, False
+        actions = turn_and_go(mazes, i)
+        for action in actions or []:
+            if not over:
+                _, reward, terminated, truncated, _ = env.step(action)
+                total, over = total + reward, terminated or truncated
+        assert np.float32(total) == best[i]
+        assert actions is None or over
+        solved += total > 0
+        late += actions is not None and total == 0
+    assert solved > 20 and late > 0 and (best == 0).sum() > late
 
 
 def test_perfect_mazes_have_one_path_between_any_two_cells():
@@ -545,7 +600,7 @@ CORRIDOR = "--env-id corridor --num-envs 3 --num-steps 14 --buffer-size 8 --chec
 
 
 @pytest.mark.parametrize("bootstrap", [False, True])
-@pytest.mark.parametrize("score", script.Args.__annotations__["score"].__args__)
+@pytest.mark.parametrize("score", [x for x in script.SCORES if x != "regret"])
 def test_each_score_by_hand(score, bootstrap, corridor, monkeypatch, tmp_path):
     flags = f"{CORRIDOR} --curriculum plr --seed 4 --total-timesteps 42 --gamma 0.9"
     flags += f" --gae-lambda 0.8 --score {score}"
@@ -558,16 +613,55 @@ def test_each_score_by_hand(score, bootstrap, corridor, monkeypatch, tmp_path):
     cut = ((levels % 3 == 1) | ~dones) & bootstrap  # at a time limit and at the rollout's end
     values, deltas = td_errors(levels, dones, rewards, 0.9, cut)
     best, _ = best_returns(levels, dones, rewards)
-    expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)[score]
-    np.testing.assert_allclose(step_scores, expected, rtol=1e-5, atol=1e-5)
+    expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)
+    solved = np.vectorize(lambda level: best[level] > 0)(levels)
+    assert solved.any() and not solved.all()
+    expected["mna"] = mna_by_hand(deltas, dones, 0.9, 0.8) * solved
+    # every episode on a level has the same return, so there is nothing to learn from
+    expected["learnability"] = np.zeros(levels.shape)
+    np.testing.assert_allclose(step_scores, expected[score], rtol=1e-5, atol=1e-5)
     # episodes that the rollout cuts off are scored only where their values are bootstrapped, and
-    # never by max_mc
+    # never by what is made of returns
     ended = episodes.complete.all()
-    assert ended == (not bootstrap or score == "max_mc")
+    assert ended == (not bootstrap or score in ("max_mc", "learnability"))
     assert (
         episodes.complete.sum() == dones.sum()
         and (~episodes.complete).sum() == (~ended) * (~dones[-1]).sum()
     )
+
+
+def test_a_gate_leaves_nothing_of_a_level_that_was_never_solved(corridor, monkeypatch, tmp_path):
+    flags = f"{CORRIDOR} --curriculum plr --seed 4 --total-timesteps 42 --score max_mc"
+    for gate in ("", " --gate-unsolved"):
+        main(monkeypatch, f"{flags}{gate} --run-dir {tmp_path}/run{gate.strip()}")
+    (levels, scores, *_), (same_levels, gated, *_) = corridor
+    assert (levels == same_levels).all()
+    solved = levels % 3 != 1
+    assert (gated[solved] == scores[solved]).all() and (scores[~solved] != 0).all()
+    assert (gated[~solved] == 0).all()
+
+
+@given(st.integers(0, 2**32 - 1), st.sampled_from([0, 0.9, 1]), st.sampled_from([0, 0.8, 1]))
+def test_mna_equals_plain_loops(seed, gamma, lam):
+    rng = np.random.default_rng(seed)
+    T, N = rng.integers(1, 20), rng.integers(1, 4)
+    deltas = rng.normal(size=(T, N)).astype(np.float32)
+    ended = rng.random((T, N)) < rng.choice([0, 0.2, 1])
+    args = script.Args(gamma=gamma, gae_lambda=lam)
+    got = script.negative_advantages(args, deltas, ended, CPU)
+    expected = mna_by_hand(deltas, ended, gamma, lam)
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_mna_by_hand():
+    """gamma 1/2, lambda 1/4: G is -1, then min(0, -1 + 4/2) = 0, then 0 - 8/4 = -2."""
+    args = script.Args(gamma=0.5, gae_lambda=0.25)
+    deltas = np.array([[-1], [4], [-8]], np.float32)
+    ended = np.array([[0], [0], [1]], bool)
+    first = 0.75 * 1 + 0.75 * 0.25 * 0 + 0.25**2 * 2
+    second = 0.75 * 0 + 0.25 * 4
+    got = script.negative_advantages(args, deltas, ended, CPU)
+    assert got[:, 0].tolist() == [first, second, 8]
 
 
 def test_max_mc_takes_the_best_return_so_far_of_each_level(corridor, monkeypatch, tmp_path):
@@ -912,6 +1006,78 @@ def test_what_is_said_of_mazes_is_of_the_first_256_episodes(replay):
     assert all(np.isnan(metrics[f"curriculum/{x}_{other}"]) for x in ("walls", "solvable"))
 
 
+def scores_of_mazes(num_walls=60, replayed=False):
+    """Args, levels and ends [T, N] of a rollout, the finished episodes' returns."""
+    rng = np.random.default_rng(0)
+    args = script.Args(num_walls=num_walls)
+    ended = rng.random((50, 20)) < 0.1
+    levels = np.zeros((50, 20), np.int64)
+    for t in range(50):
+        fresh = ended[t - 1] if t and replayed else t == 0
+        levels[t] = np.where(fresh, rng.integers(40, size=20), levels[t - 1])
+    returns = rng.choice([0, 0.5, 0.25], ended.sum()).astype(np.float32)
+    return args, levels, ended, returns
+
+
+def test_true_regret_by_hand():
+    args, levels, ended, returns = scores_of_mazes(replayed=True)
+    mazes = script.mazes_of(args, np.arange(40))
+    regret = script.true_regret(args, levels, ended, returns)
+    unsolvable = 0
+    for level in np.unique(levels):
+        actions = turn_and_go(mazes, level)
+        best = 0 if actions is None else 1 - 0.9 * len(actions) / 250
+        mine = returns[levels[ended] == level]
+        expected = best - (mine.mean() if len(mine) else 0)
+        np.testing.assert_allclose(regret[levels == level], expected, atol=1e-6)
+        unsolvable += actions is None
+    assert unsolvable
+
+
+def test_a_perfect_agent_has_no_regret_and_an_unsolvable_maze_leaves_none():
+    levels = np.tile(np.arange(40), (2, 1))
+    ended = np.array([[False] * 40, [True] * 40])
+    args = script.Args(num_walls=60)
+    best = script.best_possible_returns(script.mazes_of(args, np.arange(40)), 250)
+    assert (best == 0).any() and (best > 0).any()
+    assert (script.true_regret(args, levels, ended, best) == 0).all()
+    assert script.true_regret(args, levels, ended, 0 * best)[0].tolist() == best.tolist()
+
+
+@given(st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=0, max_size=30))
+def test_rank_correlation_equals_scipys(pairs):
+    x, y = np.array(pairs, float).reshape(-1, 2).T
+    if len(np.unique(x)) < 2 or len(np.unique(y)) < 2:
+        expected = np.nan
+    else:
+        expected = stats.spearmanr(x, y).statistic
+    assert script.rank_correlation(x / 7, y) == pytest.approx(expected, nan_ok=True)
+    noise = 1e-10 * np.arange(len(x))  # rounding makes no ranks of ties
+    assert script.rank_correlation(x / 7 + noise, y) == pytest.approx(expected, nan_ok=True)
+
+
+def test_how_well_each_score_follows_true_regret():
+    args, levels, ended, returns = scores_of_mazes(replayed=True)
+    regret = script.true_regret(args, levels, ended, returns)
+    noisy = regret + np.random.default_rng(1).normal(size=regret.shape)
+    step_scores = {"regret": regret, "gae": 3 * regret - 1, "value_l1": -regret, "max_mc": noisy}
+    step_scores["min_margin"] = np.ones(regret.shape)
+    correlations = script.score_correlations(args, step_scores, levels, ended)
+    found = {name.removeprefix("curriculum/correlation_"): x for name, x in correlations.items()}
+    of_levels: dict[int, list] = {}  # the noisy score of its whole episodes, and true regret
+    for i in range(20):
+        begin = 0
+        for t in np.flatnonzero(ended[:, i]):
+            pair = noisy[begin : t + 1, i].mean(), regret[t, i]
+            of_levels.setdefault(levels[t, i], []).append(pair)
+            begin = t + 1
+    means = np.array([np.mean(pairs, axis=0) for pairs in of_levels.values()])
+    expected = {"gae": 1, "value_l1": -1, "max_mc": stats.spearmanr(*means.T).statistic}
+    expected["min_margin"] = np.nan
+    assert found == pytest.approx(expected, nan_ok=True)
+    assert 0.1 < found["max_mc"] < 0.9 and means.shape[0] < ended.sum()
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
@@ -1001,6 +1167,8 @@ def test_a_finished_run(finished_run):
         for kind in ("new", "replayed")
     }
     expected |= set("score_q10 score_q50 score_q90 replay evicted rejected".split())
+    expected |= {"correlation_max_mc", "correlation_value_l1", "correlation_mna"}
+    assert all(f"correlation_{x}" in progress[0] for x in script.SCORES if x != "regret")
     assert {f"curriculum/{name}" for name in expected} <= set(tags["scalars"])
     assert set(tags["images"]) == {"levels/fresh", "levels/highest_score", "levels/highest_weight"}
     picture = Image.open(io.BytesIO(events.Images("levels/highest_score")[0].encoded_image_string))

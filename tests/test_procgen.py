@@ -19,6 +19,7 @@ from support import (
     best_returns,
     gae_backwards,
     result_of,
+    returns_by_hand,
     rows,
     scores_by_hand,
     steps_since_start,
@@ -249,7 +250,12 @@ def test_each_score_by_hand(score, monkeypatch, tmp_path):
     # a time limit would count as an end
     values, deltas = td_errors(levels, dones, rewards, 0.9, cut=~dones)
     best, _ = best_returns(levels, dones, rewards)
-    expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)[score]
+    expected = scores_by_hand(levels, dones, values, deltas, 0.9 * 0.8, best)
+    returns = returns_by_hand(levels, dones, rewards)
+    variances = {level: np.var(returns[level][-10:]) for level in returns}
+    assert max(variances.values()) > 0.01
+    expected["learnability"] = np.vectorize(lambda level: variances.get(level, 0.0))(levels)
+    expected = expected[score]
     np.testing.assert_allclose(step_scores, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -344,6 +344,29 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
     assert blocks["mazes"].startswith("**Less than published:** DR (runs: 2)")
 
 
+def test_correlations_are_drawn_where_they_were_measured(tmp_path):
+    for curriculum in ("dr", "robust_plr"):
+        source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
+        copy_run(tmp_path, curriculum, source, {"solved_Maze": 0.5})
+    path = tmp_path / "robust_plr" / "progress.csv"
+    head, *body = path.read_text().splitlines()
+    replay = head.split(",").index("replay")
+    lines = [f"{head},correlation_mna,correlation_gae"]
+    for line in body:
+        lines.append(f"{line},{0.25 if line.split(',')[replay] == '1' else -0.5},nan")
+    path.write_text("\n".join(lines) + "\n")
+    _, pictures, _ = report.report(tmp_path.iterdir())
+    drawn = [figure for name, figure in pictures.items() if name.endswith("correlations.png")]
+    assert len(drawn) == 1  # nothing for a run that has not measured them
+    new, replayed = drawn[0].axes
+    assert new.get_title() == "Robust PLR: new levels"
+    for axis, value in ((new, -0.5), (replayed, 0.25)):
+        lines = [line.get_ydata() for line in axis.lines if len(line.get_ydata()) > 2]
+        assert len(lines) == 1 and lines[0] == pytest.approx(value)
+    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    assert labels == ["mna", "gae"]
+
+
 def test_a_run_that_goes_on_can_be_shown(tmp_path):
     """No evaluation yet, half a row in progress.csv."""
     starpilot(tmp_path, "plr", 1, 0.0, finished=False)

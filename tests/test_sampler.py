@@ -1234,6 +1234,108 @@ def test_best_return_of_an_episode_that_spans_rollouts(options):  # (R13)
     assert s.best_returns(level, -9.0) == s.best_return[0] == -4 and level in s.levels
 
 
+def play_and_record(s, level, returns, score=None):
+    """A new or replayed episode on the level for each of returns, then its score."""
+    for x in returns:
+        s.next_levels([True], levels=[level])
+        s.record_returns([level], [x])
+    if score is not None:
+        s.update_scores([level], [score])
+
+
+def test_learnability_by_hand():
+    s = buffer(3)
+    play_and_record(s, 7, [0.0, 0.9, 0.0, 0.5])  # a candidate
+    assert s.learnability([7]) == 0.5 * 0.5
+    s.update_scores([7], [1.0])  # in the buffer
+    assert s.learnability([7]) == 0.25 and s.episodes[s.levels == 7] == 4
+    play_and_record(s, 7, [0.7, 0.6, -1.0, 0.1])
+    assert s.learnability(7) == pytest.approx(5 / 8 * 3 / 8)
+    play_and_record(s, 7, [0.2] * 6)  # the last ten have 9 successes
+    assert s.learnability(7) == pytest.approx(0.9 * 0.1) and s.episodes[s.levels == 7] == 14
+    play_and_record(s, 8, [0.3])
+    levels = np.array([[7, 8, 7], [9, 7, 7]])  # one episode, and none, say nothing
+    want = [[0.09, 0, 0.09], [0, 0.09, 0.09]]
+    np.testing.assert_allclose(s.learnability(levels), want)
+    assert s.learnability(levels).dtype == np.float64 and s.learnability([]).shape == (0,)
+
+
+def test_the_variance_of_returns_by_hand_and_as_learnability():
+    s = fixed(3, returns_kept=4)
+    s.record_returns([0, 1, 0, 0, 1, 0, 0], [9.0, 0.0, 1.0, 2.0, 1.0, 3.0, 6.0])
+    assert s.return_variance([0, 1, 2]).tolist() == [3.5, 0.25, 0]  # of 1, 2, 3, 6: mean 3
+    s.record_returns([1, 1], [1.0, 1.0])
+    assert s.return_variance(1) == s.learnability(1) == 0.75 * 0.25
+
+
+def test_a_loop_of_ones_own_scores_by_learnability():
+    s = buffer(3)
+    for level, returns in ((1, [0, 0, 1]), (2, [0, 1]), (3, [1, 1])):
+        play_and_record(s, level, returns)
+        s.update_scores([level], s.learnability([level]))
+    assert dict(zip(s.levels.tolist(), s.scores.round(6).tolist())) == {
+        1: pytest.approx(2 / 9), 2: 0.25, 3: 0,
+    }  # fmt: skip
+
+
+def test_returns_are_evicted_rejected_and_dropped_with_their_level():
+    s = full()
+    s.record_returns([10, 10, 11, 12], [0.0, 1.0, 1.0, 1.0])
+    play_and_record(s, 20, [1.0, 0.0, 0.0], score=9.0)
+    play_and_record(s, 21, [0.0, 1.0], score=9.0)
+    held = s.levels.tolist()
+    want = {20: 2 / 9, 21: 0.25, 10: 0.25, 11: 0, 12: 0}
+    np.testing.assert_allclose(s.learnability(s.levels), [want[level] for level in held])
+    gone = [level for level in want if level not in held]
+    assert gone and (s.learnability(gone) == 0).all()
+    play_and_record(s, 30, [0.0, 1.0], score=-5.0)  # rejected
+    s.next_levels([True], levels=[31])
+    s.record_returns([31, 31], [0.0, 1.0])
+    assert s.learnability([30, 31]).tolist() == [0, 0.25]
+    s.drop([True])
+    s.next_levels([True], levels=[31])
+    assert s.learnability([31]) == 0
+
+
+@given(
+    st.integers(0, 2**32 - 1),
+    st.sampled_from(["fixed", "buffer"]),
+    st.integers(1, 4),
+    st.sampled_from([copy.deepcopy, through_torch]),
+)
+@settings(max_examples=40, deadline=None)
+def test_remembered_returns_equal_plain_lists(seed, kind, kept, through):
+    """Through recordings of many episodes at once, entry into the buffer, eviction, and a state
+    restored at every round."""
+    rng = np.random.default_rng(seed)
+    s = make(kind, size=4, envs=3, returns_kept=kept)
+    memory: dict[int, list[float]] = {}
+    for _ in range(12):
+        playing = s.next_levels(np.ones(3, bool))
+        new = make(kind, size=4, envs=3, returns_kept=kept)
+        new.load_state_dict(through(s.state_dict()))
+        np.testing.assert_equal(new.state_dict(), s.state_dict())
+        s = new
+        levels = rng.choice(playing, rng.integers(0, 12))
+        returns = rng.choice([-1.0, 0.0, 0.5, 1.0], len(levels))
+        s.record_returns(levels, returns)
+        for level, value in zip(levels.tolist(), returns.tolist()):
+            memory.setdefault(level, []).append(value)
+        for level in playing.tolist():
+            last = memory.get(level, [])[-kept:]
+            p = np.mean(np.array(last) > 0) if last else 0
+            assert s.learnability(level) == pytest.approx(p * (1 - p))
+            assert s.return_variance(level) == pytest.approx(np.var(last) if last else 0)
+        s.update_scores(playing, rng.normal(size=3))
+        s.update(playing[None], np.zeros((1, 3)), np.zeros((1, 3)), score_tails=False)
+        held = set(s.levels.tolist()) if kind == "buffer" else memory.keys()
+        memory = {level: x for level, x in memory.items() if level in held}
+        for level, episodes in zip(s.levels.tolist(), s.episodes.tolist()):
+            assert episodes == len(memory.get(level, []))
+            best = max(memory.get(level, []), default=-9)
+            assert level < 0 or s.best_returns(level, -9) == best
+
+
 # ---- ergonomics ------------------------------------------------------------------------------------------------------
 
 BAD_OPTIONS = [
