@@ -1313,13 +1313,14 @@ class Editor:
 
     def state_dict(self) -> dict[str, Any]:
         walls, goal, agent, direction = self.mazes
+        cells = (self.args.maze_size - 2) ** 2
         return {
             "rng": self.rng.bit_generator.state,
             "parents": self.parents,
             "next_level": self.next_level,
             "levels": self.levels,
             "edits": self.edits,
-            "walls": np.packbits(walls.reshape(len(walls), -1), axis=1),  # a bit a cell
+            "walls": np.packbits(walls.reshape(len(walls), cells), axis=1),  # a bit for each
             "goal": goal.astype(np.uint8),
             "agent": agent.astype(np.uint8),
             "direction": direction.astype(np.uint8),
