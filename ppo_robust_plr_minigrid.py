@@ -1229,7 +1229,7 @@ def place_missing(
     """Where what (n,) int64 is -1, makes it a free cell: no wall in walls (n, cells) bool, and not
     the cell of the other (n,) int64. If no cell is free, a wall gives way."""
     missing = np.flatnonzero(what < 0)
-    order = rng.random(walls.shape)[missing]  # drawn for all: the stream depends on nothing else
+    order = rng.random((len(missing), walls.shape[1]))
     order[walls[missing]] -= 1.0  # walls come after all free cells
     taken = other[missing] >= 0
     order[taken, other[missing][taken]] = -2.0

@@ -15,7 +15,7 @@ from collect import kind_of, millions, settings
 from common import ROOT, read_csv, read_text, refuse
 
 NAMES = {"uniform": "uniform", "sequential": "sequential", "dr": "DR", "plr": "PLR"}
-NAMES["robust_plr"] = "Robust PLR"
+NAMES |= {"robust_plr": "Robust PLR", "accel": "ACCEL"}
 COLORS = {"uniform": "0.45", "DR": "0.45", "sequential": "C2", "PLR": "C0", "Robust PLR": "C3"}
 MORE_COLORS = ("C1", "C4", "C6", "C9", "C8", "C5")  # of variants with other settings
 LENGTHS = {"Procgen": 25_000_000, "Mazes": 250_000_000}  # published: 10 runs, 100 episodes each

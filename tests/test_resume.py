@@ -41,7 +41,7 @@ pytestmark = pytest.mark.usefixtures("brief")  # evaluations, but for those of `
 SLOW = {"marks": pytest.mark.slow}
 CURRICULA = [(ppo_plr_procgen, "plr"), (ppo_robust_plr_minigrid, "robust_plr")]
 CURRICULA += [pytest.param(ppo_plr_procgen, x, **SLOW) for x in ("uniform", "sequential")]
-CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("plr", "dr")]
+CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("plr", "dr", "accel")]
 EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
 
 
