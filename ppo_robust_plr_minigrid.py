@@ -3,14 +3,16 @@
     python ppo_robust_plr_minigrid.py                    # Robust PLR with the published settings
     python ppo_robust_plr_minigrid.py --curriculum plr   # PLR: also learns on new levels
     python ppo_robust_plr_minigrid.py --curriculum dr    # domain randomisation: new levels only
+    python ppo_robust_plr_minigrid.py --curriculum accel --num-walls 0  # edits replayed levels
     python ppo_robust_plr_minigrid.py --env-id MiniGrid-MultiRoom-N4-S5-v0  # any MiniGrid
     python ppo_robust_plr_minigrid.py --resume runs/RUN  # from the last checkpoint on
     torchrun --nproc-per-node 8 ppo_robust_plr_minigrid.py  # several GPUs, one curriculum
     python ppo_robust_plr_minigrid.py --evaluate runs/RUN --eval-episodes 1000 --capture-video
 
 Robust PLR: Jiang et al., "Replay-Guided Adversarial Environment Design", 2021 (arXiv 2110.02439),
-Algorithm 1. PLR: arXiv 2010.03934. PPO and the names in this file: CleanRL. Defaults: the 25-block
-configuration of dcd (github.com/facebookresearch/dcd).
+Algorithm 1. PLR: arXiv 2010.03934. ACCEL: Parker-Holder et al., "Evolving Curricula with
+Regret-Based Environment Design", 2022 (arXiv 2203.01302). PPO and the names in this file: CleanRL.
+Defaults: the 25-block configuration of dcd (github.com/facebookresearch/dcd).
 
 To train on another environment, read Args, Agent, train() and make_envs(); what stands below the
 banner "machinery" can stay as it is. A rollout starts fresh episodes, all on replayed levels or
@@ -78,6 +80,8 @@ SCORES = (
 )  # fmt: skip
 # levels (reset seeds) below are for training, those from here on for evaluation
 FIRST_TEST_LEVEL = 2**30
+FIRST_EDITED_LEVEL = 2**31  # from here on: mazes that were made by edits, with --curriculum accel
+REPLAY_ONLY = ("robust_plr", "accel")  # the curricula that learn on replayed levels only
 # "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
 Obs = dict[str, Tensor]
 
@@ -119,8 +123,9 @@ class Args:
     bootstrap_timeouts: bool = False  # at a time limit and a rollout's end, count the value, not 0
 
     # Robust PLR
-    # learn on replayed levels only, on all, on new ones only (there is no replay then)
-    curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
+    # robust_plr, accel: learn on replayed levels only; plr: on all; dr: on new ones, no replay.
+    # accel edits replayed mazes too, at first those of --num-walls (0: empty rooms)
+    curriculum: Literal["robust_plr", "plr", "dr", "accel"] = "robust_plr"
     replay_prob: float = 0.5  # probability of a rollout on replayed levels, after --rho
     buffer_size: int = 4000  # levels kept for replay
     # estimate of a level's regret; the formulas stand at LEVEL SCORES in train(). regret is no
@@ -135,6 +140,14 @@ class Args:
     rho: float = 0.5  # fill of the buffer before any level is replayed
     nu: float | None = None  # 1 - replay_prob, as the Procgen script names it
     alpha: float = 1.0  # weight of a new score in a level's running mean (1: the last one counts)
+
+    # ACCEL
+    num_edits: int = 5  # cells drawn for the edit of a level, with replacement
+    # the levels to edit. batch: that which each environment's replay rollout began with; lowest,
+    # highest: the 4 of these with the lowest or highest mean return, num_envs / 4 children of each.
+    # dcd's released code selects by lowest return and calls it "easy"; until a fix in 2023 it
+    # edited one level only, environment 0's
+    accel_base: Literal["batch", "lowest", "highest"] = "batch"
 
     # Evaluation
     eval_interval: int = 250  # iterations between evaluations (0: only at the end)
@@ -368,6 +381,7 @@ def train(args: Args, run: "Run") -> None:
     agent = make_agent(envs, args).to(device)
     optimizer = make_optimizer(agent, args, device)
     sampler = make_sampler(args)
+    editor = Editor(args, envs) if args.curriculum == "accel" else None
 
     # ---- storage on the device: this process's environments ----
     next_obs, _ = envs.reset(seed=0)  # every later observation is copied to these tensors
@@ -439,6 +453,7 @@ def train(args: Args, run: "Run") -> None:
 
     # ---- start, or go on where the checkpoint is ----
     run.parts = {"agent": agent, "optimizer": optimizer, "sampler": sampler}
+    run.parts |= {"editor": editor} if editor else {}
     run.totals = {"gradient_updates": 0, "untrained_steps": 0}
     run.restore(envs, own)
 
@@ -448,11 +463,14 @@ def train(args: Args, run: "Run") -> None:
             optimizer.param_groups[0]["lr"].fill_(frac * args.learning_rate)
 
         # ---- rollout ----
-        replay = sampler.decide_replay()  # Algorithm 1: the decision d, one for all environments
+        # ACCEL: after a replay rollout one on new levels that are edits of what it replayed, (N,)
+        children = editor.children(sampler) if editor else None
+        # Algorithm 1: otherwise the decision d, one for all environments
+        replay = children is None and sampler.decide_replay()
         # d = 0: a new level for each environment. d = 1: a level each from the buffer, by P_replay
         next_done = np.ones(N, bool)
         sampler.drop(next_done)  # the episodes that the last rollout cut off
-        next_levels = sampler.next_levels(next_done, replay)  # (N,) int64
+        next_levels = sampler.next_levels(next_done, replay, children)  # (N,) int64
         overwrite(next_obs, envs.reset(seed=next_levels[own].tolist())[0])
         next_begins.fill_(1.0)
         agent.prepare_to_act()
@@ -506,18 +524,20 @@ def train(args: Args, run: "Run") -> None:
             "min_margin": to_numpy(1 + probs.topk(2).values.diff(dim=-1).squeeze(-1)),
             "learnability": sampler.learnability(levels),
             "mna": negative_advantages(args, deltas, ended, device) * (best_returns > 0),
-            "regret": true_regret(args, levels, ended, finished["return"]),
+            "regret": true_regret(args, levels, ended, finished["return"], editor),
         }
         scores = step_scores[args.score] * (best_returns > 0 if args.gate_unsolved else 1)
         phase("sampler")
         sampler.update(levels, scores, ended, score_tails=not needs_whole_episodes(args))
+        if editor and replay:
+            editor.choose_parents(levels[0], levels[ended], finished["return"])
 
         # ---- update (PPO; Algorithm 1: if d = 1, update the policy) ----
         phase("update")
         b_targets.copy_(torch.from_numpy(np.stack((advantages, returns, b_values))))
         losses.zero_()
         updates = 0
-        learns = replay or args.curriculum != "robust_plr"  # else there is nothing to compute
+        learns = replay or args.curriculum not in REPLAY_ONLY  # else there is nothing to compute
         for epoch in range(args.update_epochs if learns else 0):
             for mb_envs in deal_environments(N, args.num_minibatches):
                 length = packed_length(dones[:, mb_envs], 1 if device.type == "cpu" else 32)
@@ -531,10 +551,10 @@ def train(args: Args, run: "Run") -> None:
         # ---- log, evaluate, save ----
         row = log_row(run, losses, updates, finished, sampler, returns, b_values)
         row |= score_correlations(args, step_scores, levels, ended)
-        run.log_iteration(row | level_metrics(args, sampler, levels[dones], replay))
+        run.log_iteration(row | level_metrics(args, sampler, levels[dones], replay, editor))
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
-            run.log_pictures(lambda: level_pictures(args, sampler, run.iteration))
+            run.log_pictures(lambda: level_pictures(args, sampler, run.iteration, editor))
         run.end_iteration(envs)
     run.finish(envs, lambda: evaluate(agent, args, device))
 
@@ -596,7 +616,11 @@ def longest_episode(ended: np.ndarray) -> int:
 
 
 def true_regret(
-    args: Args, levels: np.ndarray, ended: np.ndarray, returns: np.ndarray
+    args: Args,
+    levels: np.ndarray,
+    ended: np.ndarray,
+    returns: np.ndarray,
+    editor: "Editor | None" = None,
 ) -> np.ndarray:
     """Of each step's maze, (T, N) float64: the best possible return minus the mean return of its
     episodes that ended in the rollout. 0 for a maze that cannot be solved in time; nan where the
@@ -607,11 +631,9 @@ def true_regret(
     if args.env_id != "maze":
         return np.full(levels.shape, np.nan)
     played, which = np.unique(levels, return_inverse=True)
-    which = which.reshape(levels.shape)
-    episodes = np.bincount(which[ended], minlength=len(played))
-    totals = np.bincount(which[ended], returns, minlength=len(played))
-    best = best_possible_returns(mazes_of(args, played), args.max_steps)
-    return (best - totals / np.maximum(episodes, 1))[which]
+    best = best_possible_returns(mazes_of(args, played, editor), args.max_steps)
+    regrets = best - mean_returns(played, levels[ended], returns)
+    return regrets[which].reshape(levels.shape)
 
 
 def best_possible_returns(mazes: "Mazes", max_steps: int) -> np.ndarray:
@@ -733,7 +755,7 @@ def notes(run: "Run", sampler: LevelSampler) -> list[str]:
     """For the line on the screen."""
     updates = f"{run.totals['gradient_updates']:,} updates"
     fill = sampler.num_seen / max(len(sampler.levels), 1)
-    if run.args.curriculum == "robust_plr" and fill < run.args.rho:
+    if run.args.curriculum in REPLAY_ONLY and fill < run.args.rho:
         updates += f", filling the level buffer: {fill:.0%} of {run.args.rho:.0%}"
     return [updates]
 
@@ -772,7 +794,11 @@ def log_row(
 
 
 def level_metrics(
-    args: Args, sampler: LevelSampler, levels: np.ndarray, replay: bool
+    args: Args,
+    sampler: LevelSampler,
+    levels: np.ndarray,
+    replay: bool,
+    editor: "Editor | None" = None,
 ) -> dict[str, float]:
     """More of a row of progress.csv. levels (n,): of the episodes that began in the rollout."""
     scores = sampler.scores[sampler.seen]
@@ -788,23 +814,35 @@ def level_metrics(
     if args.env_id != "maze":
         return metrics
     # What the mazes of the first 256 episodes are like: walls, cells from the agent to the goal
-    # where there is a path, share with a path. New ones count once, replayed ones as often as they
-    # were drawn; the columns of the other kind are nan.
+    # where there is a path, share with a path. New and edited ones count once, replayed ones as
+    # often as they were drawn; the columns of the other kinds are nan.
     played, counts = np.unique(levels[:256], return_counts=True)
     if not replay:
         counts = np.ones_like(counts)
-    mazes = random_mazes(played, args.maze_size, args.num_walls, args.vary_num_walls)
+    mazes = mazes_of(args, played, editor)
     paths = shortest_paths(mazes).repeat(counts)
     walls = mazes.walls.sum((1, 2)).repeat(counts)
     solvable = paths > 0
     of_mazes = {"walls": walls, "shortest_path": paths[solvable], "solvable": solvable}
+    kind = "replayed" if replay else "edited" if played[-1] >= FIRST_EDITED_LEVEL else "new"
+    kinds = ("new", "replayed", "edited") if editor else ("new", "replayed")
     for name, x in of_mazes.items():
-        metrics[f"curriculum/{name}_new"] = math.nan if replay else mean_or_nan(x)
-        metrics[f"curriculum/{name}_replayed"] = mean_or_nan(x) if replay else math.nan
+        for column in kinds:
+            metrics[f"curriculum/{name}_{column}"] = mean_or_nan(x) if column == kind else math.nan
+    if editor:
+        # how often in a row a level was edited, 0 if never: means over the replayed ones and over
+        # the buffer; and how many levels have been made by edits so far
+        lineage = editor.lineage(played).repeat(counts)
+        metrics["curriculum/lineage_replayed"] = mean_or_nan(lineage) if replay else math.nan
+        of_buffer = editor.lineage(sampler.levels[sampler.seen])
+        metrics["curriculum/lineage_buffer"] = mean_or_nan(of_buffer)
+        metrics["curriculum/children"] = editor.next_level - FIRST_EDITED_LEVEL
     return metrics
 
 
-def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[str, np.ndarray]:
+def level_pictures(
+    args: Args, sampler: LevelSampler, iteration: int, editor: "Editor | None" = None
+) -> dict[str, np.ndarray]:
     """(H, W, 3) uint8 of four levels each: the highest scores, the likeliest to be replayed, and
     freshly drawn ones."""
     rng = np.random.default_rng([args.seed, 3, iteration])
@@ -815,6 +853,8 @@ def level_pictures(args: Args, sampler: LevelSampler, iteration: int) -> dict[st
         levels["highest_score"] = sampler.levels[np.argsort(-scores)[:best]]
         levels["highest_weight"] = sampler.levels[np.argsort(-sampler.weights())[:best]]
     envs = make_envs(args, 1, torch.device("cpu"))
+    if editor:
+        editor.serve(envs)
     scores = dict(zip(sampler.levels.tolist(), sampler.scores.tolist()))
     pictures = {}
     for name, group in levels.items():
@@ -973,9 +1013,15 @@ def random_mazes(levels: np.ndarray, size: int, num_walls: int, vary: bool = Fal
     )
 
 
-def mazes_of(args: Args, levels: np.ndarray) -> Mazes:
-    """Those of level numbers, (n,) int64."""
-    return random_mazes(levels, args.maze_size, args.num_walls, args.vary_num_walls)
+def mazes_of(args: Args, levels: np.ndarray, editor: "Editor | None" = None) -> Mazes:
+    """The mazes of levels (n,) int64, edited ones by their editor. ValueError if it lacks one."""
+    mazes = random_mazes(levels, args.maze_size, args.num_walls, args.vary_num_walls)
+    edited = levels >= FIRST_EDITED_LEVEL
+    if editor:
+        rows = editor.rows_of(levels[edited])
+        for part, kept in zip(mazes, editor.mazes):
+            part[edited] = kept[rows]
+    return mazes
 
 
 def named_maze(name: str, episode: int) -> Mazes:
@@ -1294,6 +1340,169 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
     )
 
 
+# ---- edited mazes (ACCEL) ------------------------------------------------------------------------
+
+SYMBOLS = (EMPTY, WALL, GOAL)  # what an edit may leave in a cell; the agent is not among them
+
+
+def edit_mazes(mazes: Mazes, num_edits: int, rng: np.random.Generator) -> Mazes:
+    """A child of each maze (n of them), by the operator of ACCEL's released code.
+
+    Of num_edits cells, drawn with replacement, each distinct one is cleared, of the goal and the
+    agent too, and gets one of SYMBOLS. A goal takes the place of the one before. At last a missing
+    goal, then a missing agent is placed on a free cell. All draws are uniform. The start direction
+    stays.
+    """
+    n, height, width = mazes.walls.shape
+    rows = np.arange(n)
+    walls = mazes.walls.reshape(n, height * width).copy()
+    goal = mazes.goal[:, 0] * width + mazes.goal[:, 1]  # -1: none at the moment
+    agent = mazes.agent[:, 0] * width + mazes.agent[:, 1]
+    cells = rng.integers(height * width, size=(n, num_edits))
+    symbols = rng.choice(SYMBOLS, size=(n, num_edits))
+    for k in range(num_edits):
+        cell, symbol = cells[:, k], symbols[:, k]
+        first = (cells[:, :k] != cell[:, None]).all(axis=1)  # not drawn before
+        walls[rows[first], cell[first]] = symbol[first] == WALL
+        goal[first & (goal == cell)] = -1
+        agent[first & (agent == cell)] = -1
+        goal = np.where(first & (symbol == GOAL), cell, goal)
+    place_missing(goal, agent, walls, rng)
+    place_missing(agent, goal, walls, rng)
+    return Mazes(
+        walls.reshape(n, height, width),
+        np.stack((goal // width, goal % width), axis=1),
+        np.stack((agent // width, agent % width), axis=1),
+        mazes.direction.copy(),
+    )
+
+
+def place_missing(
+    what: np.ndarray, other: np.ndarray, walls: np.ndarray, rng: np.random.Generator
+) -> None:
+    """Where what (n,) int64 is -1, makes it a free cell: no wall in walls (n, cells) bool, and not
+    the cell of the other (n,) int64. If no cell is free, a wall gives way."""
+    missing = np.flatnonzero(what < 0)
+    order = rng.random((len(missing), walls.shape[1]))
+    order[walls[missing]] -= 1.0  # walls come after all free cells
+    taken = other[missing] >= 0
+    order[taken, other[missing][taken]] = -2.0
+    what[missing] = order.argmax(axis=1)
+    walls[missing, what[missing]] = False
+
+
+class Editor:
+    """ACCEL's: chooses which replayed levels to edit, makes their children, and keeps the mazes of
+    edited levels by their numbers, from FIRST_EDITED_LEVEL on.
+
+    In every process of torchrun it does the same.
+    """
+
+    def __init__(self, args: Args, envs: "MazeEnvs"):
+        self.args = args
+        self.rng = np.random.default_rng([args.seed, 4])
+        self.parents = np.zeros(0, np.int64)  # (N,) levels to edit next; none if (0,)
+        self.next_level = FIRST_EDITED_LEVEL
+        # what is kept of n edited levels, ascending
+        side = args.maze_size - 2
+        self.levels = np.zeros(0, np.int64)  # (n,)
+        self.edits = np.zeros(0, np.int64)  # (n,) how many edits made it from a random maze
+        cells = np.zeros((0, 2), np.int64)
+        self.mazes = Mazes(np.zeros((0, side, side), bool), cells, cells, self.levels)
+        self.serve(envs)
+
+    def serve(self, envs: "MazeEnvs") -> None:
+        """From now on a reset of envs to an edited level starts it."""
+        envs.generate = functools.partial(mazes_of, self.args, editor=self)
+
+    def choose_parents(self, started: np.ndarray, levels: np.ndarray, returns: np.ndarray) -> None:
+        """After a replay rollout. started (N,): the level that each environment began with;
+        levels, returns (episodes,): of those that were finished, on any level.
+
+        lowest, highest: of the distinct levels in started 4 (all if fewer, one for N below 4) by
+        their mean return, 0 before an episode is finished; ties in order of environment.
+        """
+        N = len(started)
+        if self.args.accel_base == "batch":
+            self.parents = started.copy()
+            return
+        _, first = np.unique(started, return_index=True)
+        distinct = started[np.sort(first)]
+        means = mean_returns(distinct, levels, returns)
+        order = means if self.args.accel_base == "lowest" else -means
+        chosen = distinct[np.argsort(order, kind="stable")[: 4 if N >= 4 else 1]]
+        self.parents = chosen[np.arange(N) * len(chosen) // N]
+
+    def children(self, sampler: LevelSampler) -> np.ndarray | None:
+        """After a replay rollout: (N,) int64, a new level for each parent. Else None. Forgets
+        edited levels that are no longer in the buffer nor played."""
+        if not len(self.parents):
+            return None
+        parents = self.parents
+        made = edit_mazes(mazes_of(self.args, parents, self), self.args.num_edits, self.rng)
+        edits = self.lineage(parents) + 1
+        children = self.next_level + np.arange(len(parents))
+        kept = np.isin(self.levels, np.concatenate((sampler.levels, sampler.playing)))
+        self.levels = np.concatenate((self.levels[kept], children))
+        self.edits = np.concatenate((self.edits[kept], edits))
+        self.mazes = concatenate([Mazes(*[part[kept] for part in self.mazes]), made])
+        self.next_level += len(parents)
+        self.parents = np.zeros(0, np.int64)
+        return children
+
+    def rows_of(self, levels: np.ndarray) -> np.ndarray:
+        """Where edited levels (n,) are kept, (n,) int64. ValueError for one that is not."""
+        rows = self.levels.searchsorted(levels)
+        known = np.append(self.levels, -1)[rows] == levels
+        if not known.all():
+            raise ValueError(f"level {levels[~known][0]} is not among the edited mazes")
+        return rows
+
+    def lineage(self, levels: np.ndarray) -> np.ndarray:
+        """How many edits in a row made each of levels (n,), (n,) int64; 0: a random maze."""
+        edits = np.zeros(len(levels), np.int64)
+        edited = levels >= FIRST_EDITED_LEVEL
+        edits[edited] = self.edits[self.rows_of(levels[edited])]
+        return edits
+
+    def state_dict(self) -> dict[str, Any]:
+        walls, goal, agent, direction = self.mazes
+        cells = (self.args.maze_size - 2) ** 2
+        return {
+            "rng": self.rng.bit_generator.state,
+            "parents": self.parents,
+            "next_level": self.next_level,
+            "levels": self.levels,
+            "edits": self.edits,
+            "walls": np.packbits(walls.reshape(len(walls), cells), axis=1),  # a bit for each
+            "goal": goal.astype(np.uint8),
+            "agent": agent.astype(np.uint8),
+            "direction": direction.astype(np.uint8),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Restores `state_dict()`, arrays in any library's tensors."""
+        self.rng.bit_generator.state = state["rng"]
+        self.parents = np.array(state["parents"])
+        self.next_level = state["next_level"]
+        self.levels = np.array(state["levels"])
+        self.edits = np.array(state["edits"])
+        side = self.args.maze_size - 2
+        walls = np.unpackbits(np.asarray(state["walls"]), axis=1, count=side**2)
+        cells = [np.array(state[name], np.int64) for name in ("goal", "agent", "direction")]
+        self.mazes = Mazes(walls.reshape(-1, side, side).astype(bool), *cells)
+
+
+def mean_returns(wanted: np.ndarray, levels: np.ndarray, returns: np.ndarray) -> np.ndarray:
+    """Of each of the wanted levels (n,), over its episodes: levels, returns (episodes,). (n,)
+    float64, 0 where there is none."""
+    _, which = np.unique(np.concatenate((wanted, levels)), return_inverse=True)
+    episodes = which[len(wanted) :]
+    totals = np.bincount(episodes, returns, minlength=which.max() + 1)
+    counts = np.bincount(episodes, minlength=which.max() + 1)
+    return (totals / counts.clip(min=1))[which[: len(wanted)]]
+
+
 # ---- evaluation ----------------------------------------------------------------------------------
 
 SHOWN = {"solved": "solved_mean"}  # of an evaluation, on the screen
@@ -1415,6 +1624,7 @@ def check_args(args: Args) -> None:
     require(args, ["num_walls"], lambda x: 0 <= x < 2**63, "at least 0 and below 2**63")
     require(args, ["nu", "replay_prob"], lambda x: 0 <= x <= 1, "between 0 and 1")
     require(args, ["maze_size"], lambda x: 5 <= x <= 255, "between 5 and 255")
+    require(args, ["num_edits"], lambda x: 1 <= x <= 1000, "between 1 and 1000")
     parts = f"a divisor of --num-envs {args.num_envs}"
     if WORLD > 1:
         parts += f" / {WORLD} processes"
@@ -1426,6 +1636,10 @@ def check_args(args: Args) -> None:
     check_budget(args)
     time_limit = args.max_steps
     if args.env_id != "maze":
+        if args.curriculum == "accel":
+            refuse(
+                f"--env-id {args.env_id} must be maze: --curriculum accel edits no other levels."
+            )
         require_default(args, ["num_walls", "vary_num_walls", "maze_size"], "--env-id maze")
         why = "regret needs the best possible return, which is known of --env-id maze only"
         require(args, ["score"], lambda x: x != "regret", f"another: {why}")
@@ -1459,10 +1673,12 @@ def needs_whole_episodes(args: Args) -> bool:
 
 def check_curriculum(args: Args) -> None:
     """Every flag of the curriculum does something, or is refused by its own name."""
+    if args.curriculum != "accel":
+        require_default(args, ["num_edits", "accel_base"], "--curriculum accel")
     if args.curriculum == "dr":
         flags = ["replay_prob", "nu", "buffer_size", "score", "score_transform", "temperature"]
         flags += ["staleness_coef", "replay_schedule", "rho", "alpha", "gate_unsolved"]
-        require_default(args, flags, "--curriculum robust_plr or plr")
+        require_default(args, flags, "--curriculum robust_plr, plr or accel")
         return
     if args.nu is None:
         allowed, name = args.replay_prob > 0, f"--replay-prob {args.replay_prob} must be above 0"
@@ -1470,17 +1686,17 @@ def check_curriculum(args: Args) -> None:
         only_nu = "another without --nu, which is 1 - replay_prob"
         require(args, ["replay_prob"], lambda x: x in (0.5, 1 - args.nu), only_nu)
         allowed, name = args.nu < 1, f"--nu {args.nu} must be below 1"
-    if args.curriculum == "robust_plr" and not allowed:
-        refuse(f"{name}: robust_plr learns from replayed levels only.")
+    if args.curriculum in REPLAY_ONLY and not allowed:
+        refuse(f"{name}: {args.curriculum} learns from replayed levels only.")
 
 
 def check_budget(args: Args) -> None:
     first = args.batch_size * (3 if args.profile else 1)
     why = "--num-envs x --num-steps, three times with --profile"
-    if args.curriculum == "robust_plr":
+    if args.curriculum in REPLAY_ONLY:
         fill = math.ceil(args.rho * args.buffer_size)
         first = max(first, args.batch_size * (1 + math.ceil(fill / args.num_envs)))
-        why = "robust_plr learns nothing before the buffer holds --rho x --buffer-size"
+        why = f"{args.curriculum} learns nothing before the buffer holds --rho x --buffer-size"
         why += f" = {fill} levels"
     require(args, ["total_timesteps"], lambda x: x >= first, f"at least {first}: {why}")
 

@@ -15,7 +15,7 @@ from collect import kind_of, millions, settings
 from common import ROOT, read_csv, read_text, refuse
 
 NAMES = {"uniform": "uniform", "sequential": "sequential", "dr": "DR", "plr": "PLR"}
-NAMES["robust_plr"] = "Robust PLR"
+NAMES |= {"robust_plr": "Robust PLR", "accel": "ACCEL"}
 # with --augment ucb: more columns of the PLR paper's Table 2, and what they are in procgen_easy.csv
 UCB_NAMES = {"uniform": "UCB-DrAC", "plr": "UCB-DrAC + PLR"}
 UCB_METHODS = {"UCB-DrAC": "ucb-drac", "UCB-DrAC + PLR": "ucb-drac+plr"}

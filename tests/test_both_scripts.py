@@ -497,6 +497,14 @@ BAD = {
         "the buffer holds --rho",
         "--replay-prob 0": "--replay-prob 0.0 must be above 0: robust_plr learns from replayed "
         "levels only",
+        "--curriculum accel --replay-prob 0": "--replay-prob 0.0 must be above 0: accel learns "
+        "from replayed levels only",
+        "--curriculum accel --total-timesteps 500000": "must be at least 524288: accel learns "
+        "nothing before the buffer holds --rho",
+        "--curriculum accel --env-id MiniGrid-Empty-Random-6x6-v0": "--env-id "
+        "MiniGrid-Empty-Random-6x6-v0 must be maze: --curriculum accel edits no other levels",
+        "--curriculum accel --num-edits 0": "--num-edits 0 must be between 1 and 1000",
+        "--curriculum accel --accel-base easy": "--accel-base",
         "--env-id Broken-v0": "--env-id Broken-v0 must be maze or a registered MiniGrid "
         "environment: AssertionError()",
         "--env-id Growing-v0": "--num-steps 256 must be at least 300, the time limit",

@@ -46,7 +46,7 @@ OTHERS = ("plr --score regret --gate-unsolved", "robust_plr --score mna")
 CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in OTHERS]
 CURRICULA += [pytest.param(ppo_plr_procgen, "plr --score learnability", **SLOW)]
 CURRICULA += [pytest.param(ppo_plr_procgen, x, **SLOW) for x in ("uniform", "sequential")]
-CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("plr", "dr")]
+CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("plr", "dr", "accel")]
 EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
 
 

@@ -30,9 +30,11 @@ from support import (
     main,
     result_of,
     rows,
+    tiny,
 )
 
 import ppo_plr_procgen
+import ppo_robust_plr_minigrid
 
 pytestmark = pytest.mark.slow  # whole files: two minutes of processor time together
 
@@ -204,6 +206,18 @@ def test_a_run_may_resume_on_another_number_of_processes(
     main(script, monkeypatch, f"{flags} {HALF[script]} --run-dir {tmp_path}/run")
     ranks(2, script, f"--resume {tmp_path}/run --total-timesteps {steps}", tmp_path)
     assert_same_run_but_for_rounding(tmp_path / "run", finished_run(script))
+
+
+def test_several_processes_edit_the_mazes_of_one(brief_run, tmp_path):
+    script = ppo_robust_plr_minigrid
+    more = "--curriculum accel --accel-base lowest"
+    ranks(2, script, f"{tiny(script, more)} --run-dir {tmp_path}/run", tmp_path)
+    one, two = brief_run(script, more), tmp_path / "run"
+    assert_same_run_but_for_rounding(two, one)
+    states = [torch.load(x / "checkpoint.pt", weights_only=True)["editor"] for x in (one, two)]
+    assert script.fingerprint(states[0]) == script.fingerprint(states[1])
+    assert states[0]["next_level"] > script.FIRST_EDITED_LEVEL
+    assert result_of(two)["processes"] == 2
 
 
 @pytest.mark.slow
