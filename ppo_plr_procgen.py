@@ -777,6 +777,7 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
 # ---- evaluation ----------------------------------------------------------------------------------
 
 SHOWN = {"train": "train_return", "test": "test_return"}  # of an evaluation, on the screen
+FINAL_EVALUATIONS = ()  # more of them, at the end of a run and by --evaluate
 
 
 def evaluation_levels(args: Args) -> np.ndarray:
@@ -1066,6 +1067,8 @@ class Run:
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
             say(f"Stopped by a signal. To go on: {command}")
             raise SystemExit(130 if signal.SIGINT in self.signals else 0)
+        for another in FINAL_EVALUATIONS:
+            another(self.parts["agent"], self.args, self.device, self.dir, self.global_step)
         result = {
             "env_id": self.args.env_id,
             "curriculum": self.args.curriculum,
@@ -1776,6 +1779,8 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
         if name != "episodes":
             say(f"{name}: {x:.3f}")
     say(f"every episode: {path}")
+    for another in FINAL_EVALUATIONS:
+        another(agent, args, device, path.parent, checkpoint["global_step"])
 
 
 def main() -> None:
