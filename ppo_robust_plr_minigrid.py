@@ -1335,10 +1335,11 @@ def play_levels(agent: Agent, envs: gym.vector.VectorEnv, levels: np.ndarray) ->
             episode[done] = begun + np.arange(count)
             begun += count
             playing = episode < len(levels)
+            begins = done & playing
             seed = levels[np.where(playing, episode, 0)].tolist()
-            obs, _ = envs.reset(seed=seed, options={"reset_mask": done & playing})
+            obs, _ = envs.reset(seed=seed, options={"reset_mask": begins})
             overwrite(next_obs, obs)
-            state.mul_(torch.from_numpy(~done).to(state.device)[:, None])
+            state.mul_(torch.from_numpy(~begins).to(state.device)[:, None])
     return returns
 
 
