@@ -33,6 +33,7 @@ from support import (
 )
 
 import ppo_plr_procgen
+import ppo_robust_plr_minigrid
 
 pytestmark = pytest.mark.slow  # whole files: two minutes of processor time together
 
@@ -204,6 +205,19 @@ def test_a_run_may_resume_on_another_number_of_processes(
     main(script, monkeypatch, f"{flags} {HALF[script]} --run-dir {tmp_path}/run")
     ranks(2, script, f"--resume {tmp_path}/run --total-timesteps {steps}", tmp_path)
     assert_same_run_but_for_rounding(tmp_path / "run", finished_run(script))
+
+
+def test_start_directions_that_are_drawn_anew_are_those_of_one_process(
+    brief_run, brief, monkeypatch, tmp_path
+):
+    """Of two processes, and of one that goes on where two were."""
+    script = ppo_robust_plr_minigrid
+    flags = f"{TINY[script.__name__]} --redraw-direction"
+    ranks(2, script, f"{flags} --run-dir {tmp_path}/two", tmp_path)
+    assert_same_run_but_for_rounding(tmp_path / "two", brief_run(script, "--redraw-direction"))
+    ranks(2, script, f"{flags} {HALF[script]} --run-dir {tmp_path}/half", tmp_path)
+    main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps 960")
+    assert_same_run_but_for_rounding(tmp_path / "half", brief_run(script, "--redraw-direction"))
 
 
 @pytest.mark.slow
