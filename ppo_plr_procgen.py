@@ -498,8 +498,7 @@ def train(args: Args, run: "Run") -> None:
 
         # ---- update (PPO) ----
         phase("update")
-        targets = torch.from_numpy(np.stack((advantages, returns, b_values)))
-        b_targets.copy_(targets.flatten(1))
+        b_targets.copy_(torch.from_numpy(np.stack((advantages, returns, b_values))).flatten(1))
         losses.zero_()
         augmentation = choose_augmentation(run, returns)
         updates = 0
@@ -511,8 +510,7 @@ def train(args: Args, run: "Run") -> None:
                 break
 
         # ---- log, evaluate, save ----
-        row = log_row(run, losses, updates, finished, sampler, returns, b_values)
-        run.log_iteration(row)
+        run.log_iteration(log_row(run, losses, updates, finished, sampler, returns, b_values))
         if run.evaluation_due():
             run.log_evaluation(evaluate(agent, args, device, run.video()))
         run.end_iteration(envs)
@@ -1065,6 +1063,7 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
 # ---- evaluation ----------------------------------------------------------------------------------
 
 SHOWN = {"train": "train_return", "test": "test_return"}  # of an evaluation, on the screen
+FINAL_EVALUATIONS = ()  # more of them, at the end of a run and by --evaluate
 
 
 def evaluation_levels(args: Args) -> np.ndarray:
@@ -1414,6 +1413,8 @@ class Run:
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
             say(f"Stopped by a signal. To go on: {command}")
             raise SystemExit(130 if signal.SIGINT in self.signals else 0)
+        for another in FINAL_EVALUATIONS:
+            another(self.parts["agent"], self.args, self.device, self.dir, self.global_step)
         result = {
             "env_id": self.args.env_id,
             "curriculum": self.args.curriculum,
@@ -2124,6 +2125,8 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
         if name != "episodes":
             say(f"{name}: {x:.3f}")
     say(f"every episode: {path}")
+    for another in FINAL_EVALUATIONS:
+        another(agent, args, device, path.parent, checkpoint["global_step"])
 
 
 def main() -> None:

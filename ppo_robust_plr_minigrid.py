@@ -46,7 +46,7 @@ import time
 import traceback
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -104,6 +104,8 @@ class Args:
     vary_num_walls: bool = False  # draw each maze's number of blocks from 0 to --num-walls
     maze_size: int = 15  # cells along a side of a maze, border included
     max_steps: int | None = None  # time limit (mazes: 250; registered environments: their own)
+    redraw_direction: bool = False  # draw the start direction at every reset, as dcd; mazes only
+    compass: bool = True  # off: the agent's direction input is constant, as dcd's published agents'
 
     # PPO (dcd's 25-block configurations)
     total_timesteps: int = 250_000_000  # environment steps in full iterations, new levels included
@@ -153,6 +155,9 @@ class Args:
     eval_interval: int = 250  # iterations between evaluations (0: only at the end)
     eval_episodes: int = 100  # episodes in each evaluation environment
     capture_video: bool = False  # write a GIF of an episode in each evaluation maze
+    # --evaluate and the end of a run: the solved rate in the worst of so many random mazes (60
+    # blocks, whatever the run's). 10000 as published: two minutes on 2 cores with a trained agent
+    eval_worst: int = 0
     evaluate: str | None = None  # only evaluate the run in this directory, with its flags
 
     # Speed
@@ -624,11 +629,12 @@ def true_regret(
 ) -> np.ndarray:
     """Of each step's maze, (T, N) float64: the best possible return minus the mean return of its
     episodes that ended in the rollout. 0 for a maze that cannot be solved in time; nan where the
-    best possible return is not known: in registered environments.
+    best possible return is not known: in registered environments, or where episodes on one maze
+    start in different directions.
 
     levels (T, N) int64, ended (T, N) bool, returns: those of levels[ended].
     """
-    if args.env_id != "maze":
+    if args.env_id != "maze" or args.redraw_direction:
         return np.full(levels.shape, np.nan)
     played, which = np.unique(levels, return_inverse=True)
     best = best_possible_returns(mazes_of(args, played, editor), args.max_steps)
@@ -1117,6 +1123,10 @@ class MazeEnvs(gym.vector.VectorEnv):
     Equal to MiniGridEnvs with agent_view_size=5 and see_through_walls=True. `reset` starts seed[i],
     or options["mazes"][i], in environment i where options["reset_mask"][i]. actions (N,) int64,
     rewards (N,) float32. Observations are overwritten by the next reset or step.
+
+    direction_keys (N,) int64: each reset draws the start direction anew, decided by the
+    environment's key and how many resets it has had, instead of the level's. compass: whether the
+    observed direction is the agent's; else it is 0.
     """
 
     def __init__(
@@ -1128,6 +1138,8 @@ class MazeEnvs(gym.vector.VectorEnv):
         num_walls: int = 25,
         vary_num_walls: bool = False,
         cuda_graphs: bool = False,
+        direction_keys: np.ndarray | None = None,
+        compass: bool = True,
     ):
         self.num_envs = num_envs
         self.device = device
@@ -1171,7 +1183,10 @@ class MazeEnvs(gym.vector.VectorEnv):
         self._begin = CudaGraph(self._begin, enabled=cuda_graphs)
         # the observation, which each reset and step overwrites
         self.image = torch.zeros((num_envs, VIEW, VIEW, 3), dtype=torch.uint8, device=device)
-        self.obs = {"image": self.image, "direction": self.direction}
+        seen_direction = self.direction if compass else torch.zeros_like(self.direction)
+        self.obs = {"image": self.image, "direction": seen_direction}
+        self.direction_keys = direction_keys
+        self.resets = np.zeros(num_envs, np.int64)
 
     @staticmethod
     def view_cells(ahead: list[int], d: int) -> list[int]:
@@ -1214,16 +1229,26 @@ class MazeEnvs(gym.vector.VectorEnv):
             self.row_of_level |= zip(new, range(first_row, first_row + len(new)))
         return [self.row_of_level[level] for level in levels]
 
-    def _begin(self, rows: Tensor) -> None:
+    def get_state(self) -> list[int]:
+        """What the start directions depend on: the number of resets, by environment."""
+        return self.resets.tolist()
+
+    def set_state(self, resets: list[int]) -> None:
+        self.resets[:] = resets
+
+    def _begin(self, rows: Tensor, direction: Tensor | None = None) -> None:
         """Starts what is in row rows[i] of the tables in environment i, nothing where that is -1:
-        (N,) int64. Work of a fixed shape, as a CUDA graph wants it."""
+        (N,) int64; direction (N,) int64 instead of the tables'. Work of a fixed shape, as a CUDA
+        graph wants it."""
         begins = rows >= 0
         rows = rows.clamp(min=0)
+        if direction is None:
+            direction = self.start_direction[rows]
         position = self.start_position[rows] + self.first_cells
         cells = torch.where(begins[:, None], self.start_cells[rows], self.cells)
         self.cells.copy_(cells)
         self.position.copy_(torch.where(begins, position, self.position))
-        self.direction.copy_(torch.where(begins, self.start_direction[rows], self.direction))
+        self.direction.copy_(torch.where(begins, direction, self.direction))
         self.steps.mul_(~begins)
         self.image.copy_(maze_view(self.cells, self.position, self.direction, self.view))
 
@@ -1242,7 +1267,12 @@ class MazeEnvs(gym.vector.VectorEnv):
             if levels.ndim == 0:
                 levels = levels + np.arange(self.num_envs)
             rows[mask] = self._rows_of(levels[mask].tolist())
-        self._begin(torch.from_numpy(rows).to(self.device))
+        self.resets += mask
+        start = [rows]
+        if self.direction_keys is not None:
+            draws = random_integers(self.direction_keys + self.resets, 1)[:, 0]
+            start.append((draws >> np.uint64(30)).astype(np.int64))  # the 2 highest bits of 32
+        self._begin(*[torch.from_numpy(x).to(self.device) for x in start])
         return self.obs, {}
 
     def step(self, actions: Tensor) -> tuple[Obs, Tensor, Tensor, Tensor, dict]:
@@ -1279,14 +1309,18 @@ class MazeEnvs(gym.vector.VectorEnv):
 
 class TensorEnvs(gym.vector.VectorWrapper):
     """A package's environments as the training loop sees them: tensors, and no mission, as the
-    agent does not read."""
+    agent does not read. compass: whether the direction is the agent's; else it is 0."""
 
-    def __init__(self, envs: gym.vector.VectorEnv, device: torch.device):
+    def __init__(self, envs: gym.vector.VectorEnv, device: torch.device, compass: bool = True):
         super().__init__(envs)
         self.device = device
+        self.compass = compass
 
     def observe(self, obs: dict[str, Any]) -> Obs:
-        return {key: torch.from_numpy(obs[key]).to(self.device) for key in ("image", "direction")}
+        seen = {key: torch.from_numpy(obs[key]).to(self.device) for key in ("image", "direction")}
+        if not self.compass:
+            seen["direction"] = torch.zeros_like(seen["direction"])
+        return seen
 
     def reset(self, *, seed: Any = None, options: dict | None = None) -> tuple[Obs, dict]:
         obs, infos = self.env.reset(seed=seed, options=options)
@@ -1307,6 +1341,7 @@ def make_minigrid(
     num_envs: int,
     device: torch.device,
     max_steps: int | None = None,
+    compass: bool = True,
     **options: Any,
 ) -> TensorEnvs:
     without_autoreset = {"autoreset_mode": gym.vector.AutoresetMode.DISABLED}
@@ -1321,14 +1356,18 @@ def make_minigrid(
         wrappers=wrappers,
         **options,
     )
-    return TensorEnvs(envs, device)
+    return TensorEnvs(envs, device, compass)
 
 
 def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.VectorEnv:
     """To train on something else, return another VectorEnv without autoreset, whose reset seed is
     the level."""
     if args.env_id != "maze":
-        return make_minigrid(args.env_id, num_envs, device, args.max_steps)
+        return make_minigrid(args.env_id, num_envs, device, args.max_steps, args.compass)
+    direction_keys = None
+    if args.redraw_direction:  # one key for each environment of all processes
+        keys = np.random.default_rng([args.seed, 4]).integers(2**62, size=args.num_envs)
+        direction_keys = keys[RANK * num_envs : (RANK + 1) * num_envs]
     return MazeEnvs(
         num_envs,
         device,
@@ -1337,6 +1376,8 @@ def make_envs(args: Args, num_envs: int, device: torch.device) -> gym.vector.Vec
         args.num_walls,
         args.vary_num_walls,
         args.cuda_graphs and device.type == "cuda",
+        direction_keys,
+        args.compass,
     )
 
 
@@ -1514,6 +1555,26 @@ def add_frame(film: list[Image.Image] | None, envs: gym.vector.VectorEnv) -> Non
             film.append(Image.fromarray(envs.frame()))
 
 
+def acting(
+    agent: Agent, envs: gym.vector.VectorEnv, next_obs: Obs, state: Tensor
+) -> Callable[[], Tensor]:
+    """A function that takes a step of the stochastic policy and of N environments: next_obs and
+    state (2, N, 256) are overwritten; reward and done, (2, N) float32, are what it returns, until
+    its next call."""
+    noise = state.new_zeros((envs.num_envs, agent.num_actions))
+    outcome = state.new_zeros((2, envs.num_envs))
+
+    def act_and_step() -> Tensor:
+        action, _, _, next_state = agent.act(next_obs, state, noise.exponential_())
+        obs, reward, terminations, truncations, _ = envs.step(action)
+        overwrite(next_obs, obs)
+        state.copy_(torch.stack(next_state))
+        return torch.stack((reward, (terminations | truncations).float()), out=outcome)
+
+    agent.prepare_to_act()
+    return CudaGraph(act_and_step, enabled=isinstance(envs, MazeEnvs) and envs.cuda_graphs)
+
+
 def play(
     agent: Agent,
     envs: gym.vector.VectorEnv,
@@ -1524,26 +1585,13 @@ def play(
     float64. reset: what starts the episodes (again, uncounted, where done). film: a list for the
     first one's frames."""
     next_obs, _ = envs.reset(**reset)
-    device = next_obs["direction"].device
-    state = torch.zeros((2, envs.num_envs, 256), device=device)
-    noise = torch.zeros((envs.num_envs, agent.num_actions), device=device)
-    outcome = torch.zeros((2, envs.num_envs), device=device)  # of a step: reward, done
-
-    def act_and_step() -> None:
-        action, _, _, next_state = agent.act(next_obs, state, noise.exponential_())
-        obs, reward, terminations, truncations, _ = envs.step(action)
-        overwrite(next_obs, obs)
-        state.copy_(torch.stack(next_state))
-        torch.stack((reward, (terminations | truncations).float()), out=outcome)
-
-    act_and_step = CudaGraph(act_and_step, enabled=isinstance(envs, MazeEnvs) and envs.cuda_graphs)
-    agent.prepare_to_act()
+    state = torch.zeros((2, envs.num_envs, 256), device=next_obs["direction"].device)
+    act_and_step = acting(agent, envs, next_obs, state)
     playing = np.ones(envs.num_envs, bool)
     returns = np.zeros(envs.num_envs)
     add_frame(film, envs)
     while playing.any():
-        act_and_step()
-        reward, done = outcome.cpu().numpy()
+        reward, done = act_and_step().cpu().numpy()
         if playing[0]:
             add_frame(film, envs)
         returns += reward * playing
@@ -1565,7 +1613,8 @@ def evaluation_environments(
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
-        yield args.env_id, make_minigrid(args.env_id, n, device, args.max_steps), levels
+        envs = make_minigrid(args.env_id, n, device, args.max_steps, args.compass)
+        yield args.env_id, envs, levels
         return
     for name in (*NAMED_MAZES, "PerfectMaze21"):
         if name == "PerfectMaze21":
@@ -1574,10 +1623,12 @@ def evaluation_environments(
             mazes = concatenate([named_maze(name, k) for k in range(n)])
         size = mazes.walls.shape[1] + 2
         graphs = args.cuda_graphs and device.type == "cuda"
-        envs = MazeEnvs(n, device, size, max_steps=2 * size**2, cuda_graphs=graphs)
+        options = {"cuda_graphs": graphs, "compass": args.compass}
+        envs = MazeEnvs(n, device, size, max_steps=2 * size**2, **options)
         yield name, envs, {"options": {"mazes": mazes}}
     for name in ("SimpleCrossingS11N5", "FourRooms"):
-        envs = make_minigrid(f"MiniGrid-{name}-v0", n, device, agent_view_size=VIEW)
+        options = {"compass": args.compass, "agent_view_size": VIEW}
+        envs = make_minigrid(f"MiniGrid-{name}-v0", n, device, **options)
         yield name, envs, levels
 
 
@@ -1614,6 +1665,105 @@ def evaluate(
     }
 
 
+# The worst case, as Rutherford et al. 2024 ("No Regrets", arXiv 2408.15099) measure it: a policy's
+# solved rate in those random mazes that it solves least often.
+
+WORST_PERCENT = (0.01, 0.1, 1, 2, 5, 10, 20, 50, 100)  # alpha: the share of the mazes, in percent
+WORST_EPISODES = 10  # in each maze, to choose by and once more to measure
+
+
+def solvable_levels(n: int, size: int, num_walls: int) -> np.ndarray:
+    """(n,) int64: the first of the test levels whose mazes have a path from the agent to the goal,
+    of twice as many."""
+    found = []
+    for first in range(0, 2 * n, 10_000):  # so many at once
+        levels = FIRST_TEST_LEVEL + np.arange(first, min(first + 10_000, 2 * n))
+        paths = shortest_paths(random_mazes(levels, size, num_walls))
+        found.append(levels[paths > 0])
+    return np.concatenate(found)[:n]
+
+
+def play_levels(agent: Agent, envs: gym.vector.VectorEnv, levels: np.ndarray) -> np.ndarray:
+    """Plays an episode of each of levels (n,), in their order: a finished environment gets the next
+    one. Returns (n,) float64."""
+    returns = np.zeros(len(levels))
+    episode = np.arange(envs.num_envs)  # what each environment plays, an index of levels
+    begun = envs.num_envs
+    next_obs, _ = envs.reset(seed=levels[episode % len(levels)].tolist())
+    state = torch.zeros((2, envs.num_envs, 256), device=next_obs["direction"].device)
+    act_and_step = acting(agent, envs, next_obs, state)
+    playing = episode < len(levels)
+    while playing.any():
+        reward, done = act_and_step().cpu().numpy()
+        returns[episode[playing]] += reward[playing]
+        done = (done > 0) & playing
+        if done.any():
+            count = np.count_nonzero(done)
+            episode[done] = begun + np.arange(count)
+            begun += count
+            playing = episode < len(levels)
+            begins = done & playing
+            seed = levels[np.where(playing, episode, 0)].tolist()
+            obs, _ = envs.reset(seed=seed, options={"reset_mask": begins})
+            overwrite(next_obs, obs)
+            state.mul_(torch.from_numpy(~begins).to(state.device)[:, None])
+    return returns
+
+
+def worst_cases(
+    first: np.ndarray, second: np.ndarray, percents: Iterable[float] = WORST_PERCENT
+) -> list[dict[str, float]]:
+    """first, second (mazes, episodes) bool, solved or not, of independent episodes -> for each
+    alpha the solved rate in the worst alpha % of the mazes. Which those are, the first episodes say
+    (in a tie, the maze that comes first); how well they are solved, the second: of the episodes
+    that chose them, the rate is too low. An alpha of less than one maze is left out.
+    """
+    worst_first = np.argsort(first.mean(1), kind="stable")
+    rows = []
+    for percent in percents:
+        mazes = int(round(len(first) * percent / 100, 6))
+        if mazes == 0:
+            continue
+        chosen = worst_first[:mazes]
+        row = {"alpha_percent": percent, "mazes": mazes, "episodes": second[chosen].size}
+        row["solved_rate"] = float(second[chosen].mean())
+        row["rate_when_chosen"] = float(first[chosen].mean())
+        rows.append(row)
+    return rows
+
+
+def evaluate_worst(
+    agent: Agent, args: Args, device: torch.device, directory: Path, global_step: int
+) -> None:
+    """--eval-worst: a table on the screen and in worst_case.csv. The mazes are as published, the
+    same for every run: 60 blocks placed with replacement in 13 x 13 cells, time limit 250."""
+    if args.eval_worst == 0:
+        return
+    options = {"size": 15, "num_walls": 60}
+    levels = solvable_levels(args.eval_worst, **options)
+    episodes = levels.repeat(2 * WORST_EPISODES)
+    num_envs = min(1024, len(episodes))
+    graphs = args.cuda_graphs and device.type == "cuda"
+    envs = MazeEnvs(num_envs, device, cuda_graphs=graphs, compass=args.compass, **options)
+    began = time.time()
+    with own_random_stream(args, device):
+        solved = play_levels(agent, envs, episodes) > 0
+    first, second = solved.reshape(-1, 2, WORST_EPISODES).swapaxes(0, 1)
+    rows = worst_cases(first, second)
+    path = directory / "worst_case.csv"
+    path.unlink(missing_ok=True)
+    seconds = time.time() - began
+    say(f"{len(levels):,} random mazes, {WORST_EPISODES} episodes in each, twice: {seconds:.0f} s")
+    say("worst %     mazes  solved  (in the episodes that chose them)")
+    for row in rows:
+        shares = f"{row['solved_rate']:7.3f} {row['rate_when_chosen']:8.3f}"
+        say(f"{row['alpha_percent']:7g} {row['mazes']:9,} {shares}")
+        append_row(path, {"global_step": global_step} | row)
+
+
+FINAL_EVALUATIONS = (evaluate_worst,)  # at the end of a run and by --evaluate
+
+
 # ---- flags that cannot work ----------------------------------------------------------------------
 
 
@@ -1625,6 +1775,7 @@ def check_args(args: Args) -> None:
     require(args, ["nu", "replay_prob"], lambda x: 0 <= x <= 1, "between 0 and 1")
     require(args, ["maze_size"], lambda x: 5 <= x <= 255, "between 5 and 255")
     require(args, ["num_edits"], lambda x: 1 <= x <= 1000, "between 1 and 1000")
+    require(args, ["eval_worst"], lambda x: 0 <= x <= 10**6, f"between 0 and {10**6}")
     parts = f"a divisor of --num-envs {args.num_envs}"
     if WORLD > 1:
         parts += f" / {WORLD} processes"
@@ -1640,7 +1791,8 @@ def check_args(args: Args) -> None:
             refuse(
                 f"--env-id {args.env_id} must be maze: --curriculum accel edits no other levels."
             )
-        require_default(args, ["num_walls", "vary_num_walls", "maze_size"], "--env-id maze")
+        of_mazes = ["num_walls", "vary_num_walls", "maze_size", "redraw_direction", "eval_worst"]
+        require_default(args, of_mazes, "--env-id maze")
         why = "regret needs the best possible return, which is known of --env-id maze only"
         require(args, ["score"], lambda x: x != "regret", f"another: {why}")
         time_limit = check_environment(args.env_id, args.max_steps)
@@ -1652,6 +1804,9 @@ def check_args(args: Args) -> None:
         return
     all_envs = f"at least --num-envs {args.num_envs}"
     require(args, ["buffer_size"], lambda x: x >= args.num_envs, all_envs)
+    if args.score == "regret":
+        why = "left out: --score regret knows the best possible return from one direction only"
+        require(args, ["redraw_direction"], lambda x: not x, why)
     if args.score == "mna":
         require(args, ["gate_unsolved"], lambda x: not x, "left out: --score mna has that gate")
     if args.score in ("gae", "max_mc"):
@@ -1889,6 +2044,8 @@ class Run:
             command = shlex.join(["python", sys.argv[0], "--resume", str(self.dir)])
             say(f"Stopped by a signal. To go on: {command}")
             raise SystemExit(130 if signal.SIGINT in self.signals else 0)
+        for another in FINAL_EVALUATIONS:
+            another(self.parts["agent"], self.args, self.device, self.dir, self.global_step)
         result = {
             "env_id": self.args.env_id,
             "curriculum": self.args.curriculum,
@@ -2599,6 +2756,8 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
         if name != "episodes":
             say(f"{name}: {x:.3f}")
     say(f"every episode: {path}")
+    for another in FINAL_EVALUATIONS:
+        another(agent, args, device, path.parent, checkpoint["global_step"])
 
 
 def main() -> None:

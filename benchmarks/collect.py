@@ -5,7 +5,8 @@
         --command "python ppo_robust_plr_minigrid.py --run-dir runs/RUN"       # started by hand
 
 Into a folder of benchmarks/results/runs: args.json, result.json, evaluation_*.json (but for paths),
-evaluations.csv and progress.csv with at most 200 of their rows, evenly spaced, and run.json:
+evaluations.csv, progress.csv and, if there is one, worst_case.csv with at most 200 of their rows,
+evenly spaced, and run.json:
 command, commit and machine of each start. A run that goes on may be copied too, and again later.
 """
 
@@ -23,8 +24,8 @@ from common import RUNS, SCRIPTS, read_csv, read_text, refuse
 MAX_ROWS = 200
 # Flags that do not make a run another experiment, or that its copy's name says in another way.
 NO_SETTINGS = """exp_name seed torch_deterministic cuda track run_dir checkpoint_interval resume
-env_threads env_id total_timesteps curriculum eval_interval eval_episodes capture_video evaluate
-batch_size minibatch_size num_iterations profile""".split()
+env_threads env_id total_timesteps curriculum eval_interval eval_episodes eval_worst capture_video
+evaluate batch_size minibatch_size num_iterations profile""".split()
 
 
 @dataclass
@@ -122,6 +123,8 @@ def collect(
         files[file.name] = re.sub(paths, rf'\1"{run_dir.resolve().name}"', file.read_text())
     for csv_name in ("progress.csv", "evaluations.csv"):
         files[csv_name] = thin(read_text(run_dir / csv_name))
+    if (run_dir / "worst_case.csv").exists():
+        files["worst_case.csv"] = thin(read_text(run_dir / "worst_case.csv"))
     origin: dict[str, Any] = {"starts": starts}
     if note:
         origin["note"] = note

@@ -241,3 +241,31 @@ def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Fi
         looks["dcd after 250M steps: a run"] = {"ls": "", "marker": "D", "ms": 3, "alpha": 0.4}
         looks["mean ± s.e."] = {"ls": "", "marker": "D", "ms": 4, "mfc": "white"}
     return finish(figure, section, looks)
+
+
+def worst_case(section, published: dict[tuple[str, str], dict[str, Any]]) -> Figure:
+    """Solved rate in the worst alpha % of random mazes: what --eval-worst has measured in the
+    evaluated runs. `published`: rates by (method, source), whose columns are alpha."""
+    figure, (axis,) = panels(1, 1, 11, 5)
+    for name, members in section.evaluated.items():
+        rates = [x.worst_case for x in members if x.worst_case]
+        rates = [dict(zip(x["alpha_percent"], x["solved_rate"])) for x in rates]
+        if rates:
+            alphas = sorted(set.intersection(*map(set, rates)))
+            y = np.array([[x[alpha] for alpha in alphas] for x in rates])
+            label = f"{name} ({len(y)} run{'s' * (len(y) > 1)})"
+            color = section.colors[name]
+            axis.plot(alphas, y.mean(0), lw=2.5, zorder=3, color=color, label=label, **MARKS)
+            if len(y) > 1:
+                band(axis, alphas, y.mean(0), stats.sem(y), color)
+    methods, sources = (list(dict.fromkeys(names)) for names in zip(*published))
+    for (method, source), row in published.items():
+        known = {float(key): x for key, x in row.items() if isinstance(x, float)}
+        look = {"ls": ("--", ":")[sources.index(source)], "lw": 1.2}
+        look["color"] = plt.cm.tab20(methods.index(method))
+        axis.plot(known.keys(), known.values(), label=f"{method}, {source}", **look)
+    axis.set(xscale="log", xlabel="alpha %: the worst share of the mazes", ylim=(0, 1.02))
+    axis.set(ylabel="share of episodes solved", title=f"{section.title}: the worst mazes")
+    axis.xaxis.set_major_formatter("{x:g}")
+    figure.legend(loc="outside right upper", frameon=False)
+    return figure

@@ -24,6 +24,7 @@ from runs import (
     PROCGEN,
     SEVEN,
     SHOWN,
+    WORST_CASE,
     Run,
     Section,
     published_rates,
@@ -305,6 +306,8 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
             tables = [maze_rates(section), differences(section)]
         if section.kind == "Mazes":
             drawn["_by_maze"] = plots.maze_bars(section, SEVEN, rates)
+            if any(run.worst_case for run in section.runs):
+                drawn["_worst_case"] = plots.worst_case(section, WORST_CASE)
             tables.insert(1, maze_summary([section]).removeprefix(section.shortcomings()))
             correlations = plots.score_correlations(section)
             if correlations:

@@ -40,6 +40,7 @@ def read_paper(file: str) -> dict[tuple[str, str], dict[str, Any]]:
 
 PROCGEN = read_paper("procgen_easy.csv")
 MAZES = read_paper("mazes_25_blocks.csv")
+WORST_CASE = read_paper("mazes_worst_case.csv")
 SEVEN = list(dict.fromkeys(maze for maze, _ in MAZES))
 
 
@@ -59,6 +60,7 @@ class Run:
     origin: dict[str, Any]  # run.json
     progress: dict[str, np.ndarray]  # the csv files' columns
     evaluations: dict[str, np.ndarray]
+    worst_case: dict[str, np.ndarray]
     finished: bool
     last: dict[str, Any]  # the last evaluation; with global_step (0: none yet), episodes
     variant: str  # as the tables call it
@@ -128,7 +130,9 @@ def read_run(run_dir: Path) -> Run:
         variant = ", ".join([method, *names])
         last = {"global_step": 0} | last
         name = run_dir.resolve().name
-        return Run(name, args, origin, progress, evaluations, bool(result), last, variant)
+        worst_case = read_columns(run_dir / "worst_case.csv")
+        columns = progress, evaluations, worst_case
+        return Run(name, args, origin, *columns, bool(result), last, variant)
     except (OSError, ValueError, KeyError, TypeError) as error:
         refuse(f"RUN-DIRS {run_dir} has a file that cannot be read: {error!r}.")
 

@@ -516,6 +516,8 @@ BAD = {
         "be negative",
         "--score regret --env-id MiniGrid-MultiRoom-N4-S5-v0": "--score regret must be another: "
         "regret needs the best possible return, which is known of --env-id maze only",
+        "--score regret --redraw-direction": "--redraw-direction True must be left out: "
+        "--score regret knows the best possible return from one direction only.",
         "--score mna --gate-unsolved": "--gate-unsolved True must be left out: --score mna has "
         "that gate",
         "--num-steps 249 --bootstrap-timeouts --score regret": "the time limit: regret needs whole",

@@ -666,6 +666,7 @@ USELESS = {  # flags -> the one that does nothing
         f"{ROOM} --num-walls 3": "--num-walls 3",
         f"{ROOM} --vary-num-walls": "--vary-num-walls True",
         f"{ROOM} --maze-size 9": "--maze-size 9",
+        f"{ROOM} --redraw-direction": "--redraw-direction True",
         "--score-transform eps_greedy --temperature 0.5": "--temperature 0.5",
     },
 }

@@ -367,6 +367,29 @@ def test_correlations_are_drawn_where_they_were_measured(tmp_path):
     assert labels == ["mna", "gae"]
 
 
+def test_the_worst_case_stands_beside_the_published_curves(tmp_path):
+    for seed, rates in ((1, (0.1, 0.5, 0.8)), (2, (0.3, 0.7, 1.0))):
+        copy_run(tmp_path, f"dr{seed}", "mazes_dr_60M_seed1_precision=bf16", {}, seed=seed)
+        rows = zip((1, 10, 100), rates)
+        lines = ["alpha_percent,solved_rate", *[f"{alpha},{rate}" for alpha, rate in rows]]
+        if seed == 1:  # more mazes: an alpha that the other run lacks
+            lines.insert(1, "0.1,0")
+        (tmp_path / f"dr{seed}" / "worst_case.csv").write_text("\n".join(lines) + "\n")
+    text, pictures, _ = report.report(tmp_path.iterdir())
+    (name,) = [name for name in pictures if name.endswith("_worst_case.png")]
+    assert f"(pictures/{name})" in text
+    (axis,) = pictures[name].axes
+    lines = {line.get_label(): line for line in axis.lines}
+    label, *others = lines
+    assert label.endswith("(2 runs)") and len(others) == len(report.WORST_CASE) == 13
+    np.testing.assert_allclose(lines[label].get_xydata(), [[1, 0.2], [10, 0.6], [100, 0.9]])
+    published = dict(lines["DR, No Regrets"].get_xydata())
+    assert published[1] == 0.561 and published[100] == 0.993 and 0.01 not in published
+    assert dict(lines["NCC-Reg, NCC"].get_xydata())[0.01] == 0.617
+    for line in lines.values():  # a larger share of the mazes is never worse
+        assert (np.diff(line.get_ydata()) >= 0).all()
+
+
 def test_a_run_that_goes_on_can_be_shown(tmp_path):
     """No evaluation yet, half a row in progress.csv."""
     starpilot(tmp_path, "plr", 1, 0.0, finished=False)

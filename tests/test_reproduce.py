@@ -143,6 +143,9 @@ def test_a_copy_has_the_results_and_where_they_are_from(run_dir, tmp_path):
     assert json.loads((copy / "args.json").read_text()) == args | {"run_dir": "run"}
     assert {x.name for x in copy.iterdir()} <= {x.name for x in run_dir.iterdir()} | {"run.json"}
     assert not (copy / "checkpoint.pt").exists()
+    (run_dir / "worst_case.csv").write_text("alpha_percent,solved_rate\n100,0.5\n")
+    collect.collect(run_dir, tmp_path / "results", start=START, note="slow disk")
+    assert (copy / "worst_case.csv").read_text() == "alpha_percent,solved_rate\n100,0.5\n"
 
 
 def test_job_log_tells_each_commit_and_machine():

@@ -220,6 +220,19 @@ def test_several_processes_edit_the_mazes_of_one(brief_run, tmp_path):
     assert result_of(two)["processes"] == 2
 
 
+def test_start_directions_that_are_drawn_anew_are_those_of_one_process(
+    brief_run, brief, monkeypatch, tmp_path
+):
+    """Of two processes, and of one that goes on where two were."""
+    script = ppo_robust_plr_minigrid
+    flags = f"{TINY[script.__name__]} --redraw-direction"
+    ranks(2, script, f"{flags} --run-dir {tmp_path}/two", tmp_path)
+    assert_same_run_but_for_rounding(tmp_path / "two", brief_run(script, "--redraw-direction"))
+    ranks(2, script, f"{flags} {HALF[script]} --run-dir {tmp_path}/half", tmp_path)
+    main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps 960")
+    assert_same_run_but_for_rounding(tmp_path / "half", brief_run(script, "--redraw-direction"))
+
+
 @pytest.mark.slow
 def test_bad_input_is_refused_once(script, tmp_path):
     done = torchrun(2, script, "--num-envs 3", tmp_path)
