@@ -1,5 +1,6 @@
 """The pictures of report.py: curves of the runs of one length, published numbers beside them."""
 
+import textwrap
 from typing import Any
 
 import matplotlib
@@ -205,9 +206,8 @@ def score_correlations(section) -> Figure | None:
                     line = smoothed(run, column, run.progress["replay"] == kind)
                     axis.plot(*line, color=colors[column], lw=1.2)
             axis.axhline(0, color="0.6", lw=0.8)
-            axis.set(
-                title=f"{name}: {what}", xlabel="environment steps", ylim=(-1, 1), xlim=(0, None)
-            )
+            axis.set(xlabel="environment steps", ylim=(-1, 1), xlim=(0, None))
+            axis.set_title(textwrap.fill(f"{name}: {what}", 54), fontsize="medium")
             axis.set_ylabel("rank correlation with true regret")
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
     lines = [

@@ -293,7 +293,7 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
     runs = [read_run(run_dir) for run_dir in sorted(run_dirs)]
     found = sections(runs)
     mazes = [section for section in found if section.kind == "Mazes"]
-    blocks = {"mazes": maze_summary(mazes)}
+    blocks = {"mazes": maze_summary(mazes[:1])}  # the longest ones
     rates = {curriculum: published_rates(curriculum) for curriculum in SHOWN["Mazes"]}
     pictures = {}
     text = FIRST
@@ -303,7 +303,8 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
             tables = [procgen_returns(section), procgen_summary(section), differences(section)]
         else:
             drawn = {"": plots.maze_curves(section, SEVEN, rates)}
-            tables = [maze_rates(section), differences(section)]
+            rates_of_mazes = maze_rates(section) if section.evaluated else ""
+            tables = [rates_of_mazes, differences(section)]
         if section.kind == "Mazes":
             drawn["_by_maze"] = plots.maze_bars(section, SEVEN, rates)
             if any(run.worst_case for run in section.runs):
