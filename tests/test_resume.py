@@ -41,10 +41,8 @@ pytestmark = pytest.mark.usefixtures("brief")  # evaluations, but for those of `
 SLOW = {"marks": pytest.mark.slow}
 CURRICULA = [(ppo_plr_procgen, "plr"), (ppo_robust_plr_minigrid, "robust_plr")]
 # with the returns that the sampler remembers
-CURRICULA += [(ppo_robust_plr_minigrid, "robust_plr --score learnability")]
-OTHERS = ("plr --score regret --gate-unsolved", "robust_plr --score mna")
+OTHERS = ("robust_plr --score learnability", "plr --score regret --gate-unsolved")
 CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in OTHERS]
-CURRICULA += [pytest.param(ppo_plr_procgen, "plr --score learnability", **SLOW)]
 CURRICULA += [pytest.param(ppo_plr_procgen, x, **SLOW) for x in ("uniform", "sequential")]
 CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("plr", "dr", "accel")]
 EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
