@@ -1,6 +1,8 @@
 """The pictures of report.py: curves of the runs of one length, published numbers beside them."""
 
+import itertools
 import textwrap
+from collections import defaultdict
 from typing import Any
 
 import matplotlib
@@ -216,6 +218,36 @@ def score_correlations(section) -> Figure | None:
     ]
     figure.legend(handles=lines, loc="outside upper center", ncols=5, frameon=False)
     return figure
+
+
+COMPLEXITY = {  # columns of progress.csv, by what they are
+    "walls": "blocks in a maze",
+    "shortest_path": "shortest path to the goal, where there is one",
+    "solvable": "share of mazes that can be solved",
+    "lineage": "edits since a random maze (ACCEL)",
+}
+
+
+def complexity(section) -> Figure | None:
+    """What mazes the curricula choose, over the training: new, replayed and edited ones. None if
+    no run has measured it."""
+    styles = {"new": ":", "replayed": "-", "edited": "--"}
+    lines = defaultdict(list)
+    for column in COMPLEXITY:
+        for name, variant in section.variants.items():
+            for run, (kind, style) in itertools.product(variant, styles.items()):
+                key = f"{column}_{kind}"
+                if key in run.progress and not np.isnan(run.progress[key]).all():
+                    look = {"color": section.colors[name], "ls": style, "lw": 1.2}
+                    lines[column].append((smoothed(run, key), look))
+    if not lines:
+        return None
+    figure, axes = panels(len(lines), 2, 5.4, 3.7)
+    for axis, (column, drawn) in zip(axes, lines.items()):
+        for line, look in drawn:
+            axis.plot(*line, **look)
+        axis.set(title=COMPLEXITY[column], xlabel="environment steps", ylim=(0, None))
+    return finish(figure, section, {name: {"ls": style} for name, style in styles.items()})
 
 
 def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:

@@ -12,11 +12,12 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import plots
 import tyro
+from collect import settings
 from common import ROOT, RUNS, markdown, refuse
 from runs import (
     MAZES,
@@ -130,30 +131,108 @@ def gap(a: Sample, b: Sample, digits: int, p_digits: int = 3) -> str:
     return text + (", p < 0.001" if p < 0.001 else f", p {number(p, p_digits)}")
 
 
-def differences(section: Section) -> str:
-    """Of scores between curricula, and from the published ones at their length. None of runs that
-    go on: they are at different steps."""
-    rows = [["difference", "ours", "published"]]
-    digits = (2, 1, 2) if section.kind == "Procgen" else (3, 3, 3)  # ours, theirs, of their p
-    for task in section.tasks if section.published else ():
-        found = {}
+# Does the first curriculum beat the second?
+QUESTIONS = (
+    ("plr", "uniform"),
+    ("plr", "dr"),
+    ("robust_plr", "dr"),
+    ("robust_plr", "plr"),
+    ("accel", "dr"),
+    ("accel", "robust_plr"),
+)
+OF_CURRICULA = {
+    "curriculum", "replay_prob", "buffer_size", "score", "gate_unsolved", "score_transform",
+    "temperature", "staleness_coef", "replay_schedule", "rho", "nu", "alpha", "num_edits",
+    "accel_base",
+}  # fmt: skip
+TOO_FEW = "not enough runs to say"
+
+
+def without_curriculum(run: Run) -> dict[str, Any]:
+    return {name: x for name, x in settings(run.args).items() if name not in OF_CURRICULA}
+
+
+def difference_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, float]:
+    """a, b (runs,): the difference of their means, and its 95 % interval by Welch's t; nan without
+    two runs of each, or spread."""
+    difference = a.mean() - b.mean()
+    if min(len(a), len(b)) < 2 or a.std() == b.std() == 0:
+        return difference, np.nan, np.nan
+    interval = stats.ttest_ind(a, b, equal_var=False).confidence_interval()
+    return difference, interval.low, interval.high
+
+
+def answer(low: float, high: float) -> str:
+    if low > 0:
+        return "yes"
+    return "no: worse" if high < 0 else TOO_FEW
+
+
+def questions(section: Section) -> list[list[str]]:
+    """A row for each comparison of two curricula that the finished runs of one length allow, other
+    settings equal: at equal steps and, where they differ, at equal gradient updates."""
+    rows = []
+    digits = 2 if section.kind == "Procgen" else 3
+    for task in section.tasks:
+        found = section.of_task(task).items()
+        found = [(name, runs) for name, runs in found if all(run.finished for run in runs)]
+        for (better, runs), (baseline, others) in itertools.permutations(found, 2):
+            pair = runs[0].args["curriculum"], others[0].args["curriculum"]
+            if pair not in QUESTIONS or without_curriculum(runs[0]) != without_curriculum(
+                others[0]
+            ):
+                continue
+            final = [[run.score for run in x] for x in (runs, others)]
+            counts = [run.last.get("gradient_updates", np.nan) for run in (*runs, *others)]
+            updates = f"{min(counts):,.0f} updates"
+            scores = {}
+            if runs[0].args["total_timesteps"] == others[0].args["total_timesteps"]:
+                scores["steps"] = final
+            elif max(counts) < 1.05 * min(counts):
+                scores[updates] = final
+            if max(counts) > 1.05 * min(counts):
+                at = [[run.score_at(min(counts)) for run in x] for x in (runs, others)]
+                scores[updates] = at
+            known = {better, baseline} <= section.published.keys()
+            for equal, (a, b) in scores.items():
+                difference, *interval = difference_of_means(np.array(a), np.array(b))
+                words = [number(x, digits, "+") for x in interval]
+                row = [f"{section.title}, {task}: does {better} beat {baseline}?", equal]
+                row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
+                row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
+                row += [published_gap(section, task, *pair) if known and equal == "steps" else "–"]
+                rows.append([*row, answer(*interval)])
+    return rows
+
+
+def published_score(section: Section, task: str, curriculum: str) -> Sample:
+    if section.kind == "Procgen":
+        return published_return(task, curriculum)
+    return sample(published_rates(curriculum).mean(0))
+
+
+def published_gap(section: Section, task: str, better: str, baseline: str) -> str:
+    digits = (1, 2) if section.kind == "Procgen" else (3, 3)
+    theirs = [published_score(section, task, curriculum) for curriculum in (better, baseline)]
+    return gap(*theirs, *digits)
+
+
+def questions_table(found: Iterable[Section]) -> str:
+    head = ["question", "at equal", "runs", "difference", "95 % interval", "published", "answer"]
+    rows = [row for section in found for row in questions(section)]
+    return markdown([head, *rows]) if rows else ""
+
+
+def beside_published(section: Section) -> str:
+    """Our scores minus the published ones, where the runs are as long."""
+    rows = [["ours − published", "difference"]]
+    digits = (2, 2) if section.kind == "Procgen" else (3, 3)
+    for task in section.tasks if section.is_as_long else ():
         for name, runs in section.of_task(task).items():
-            if all(run.finished for run in runs):
-                found[name] = sample(run.score for run in runs)
-        theirs = {}
-        for name, curriculum in section.published.items():
-            if section.kind == "Procgen":
-                theirs[name] = published_return(task, curriculum)
-            else:
-                theirs[name] = sample(published_rates(curriculum).mean(0))
-        for b, a in itertools.combinations(found, 2):
-            known = {a, b} <= theirs.keys()
-            text = gap(theirs[a], theirs[b], *digits[1:]) if known else "–"
-            rows.append([f"{task}: {a} − {b}", gap(found[a], found[b], digits[0]), text])
-        for name in found if section.is_as_long else ():
-            if name in theirs:
-                text = gap(found[name], theirs[name], digits[0], digits[2])
-                rows.append([f"{task}: {name}, ours − published", text, "–"])
+            if name in section.published and all(run.finished for run in runs):
+                ours = sample(run.score for run in runs)
+                theirs = published_score(section, task, section.published[name])
+                rows.append([f"{task}: {name}", gap(ours, theirs, *digits)])
     return markdown(rows) if rows[1:] else ""
 
 
@@ -293,32 +372,34 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
     runs = [read_run(run_dir) for run_dir in sorted(run_dirs)]
     found = sections(runs)
     mazes = [section for section in found if section.kind == "Mazes"]
-    blocks = {"mazes": maze_summary(mazes[:1])}  # the longest ones
+    blocks = {"questions": questions_table(found), "mazes": maze_summary(mazes[:1])}  # the longest
     rates = {curriculum: published_rates(curriculum) for curriculum in SHOWN["Mazes"]}
     pictures = {}
     text = FIRST
     for section in found:
         if section.kind == "Procgen":
             drawn = {"": plots.procgen_returns(section, PROCGEN)}
-            tables = [procgen_returns(section), procgen_summary(section), differences(section)]
+            tables = [procgen_returns(section), procgen_summary(section)]
+            tables += [questions_table([section]), beside_published(section)]
         else:
             drawn = {"": plots.maze_curves(section, SEVEN, rates)}
             rates_of_mazes = maze_rates(section) if section.evaluated else ""
-            tables = [rates_of_mazes, differences(section)]
+            tables = [rates_of_mazes, questions_table([section]), beside_published(section)]
         if section.kind == "Mazes":
             drawn["_by_maze"] = plots.maze_bars(section, SEVEN, rates)
             if any(run.worst_case for run in section.runs):
                 drawn["_worst_case"] = plots.worst_case(section, WORST_CASE)
             tables.insert(1, maze_summary([section]).removeprefix(section.shortcomings()))
-            correlations = plots.score_correlations(section)
-            if correlations:
-                drawn["_score_correlations"] = correlations
+            drawn["_complexity"] = plots.complexity(section)
+            drawn["_score_correlations"] = plots.score_correlations(section)
         made: dict[str, list[str]] = defaultdict(list)
         for run in section.runs:
             made[run.made].append(run.variant)
         code = "; ".join(f"{', '.join(dict.fromkeys(x))}: {how}" for how, x in made.items())
         text += f"\n## {section.title}\n\n{code}.\n"
         for part, figure in drawn.items():
+            if figure is None:
+                continue
             name = f"{section.file}{part}.png"
             pictures[name] = figure
             text += f"\n![{section.title}{part.replace('_', ' ')}](pictures/{name})\n"

@@ -70,7 +70,9 @@ class Run:
         other = "Mazes" if self.args["env_id"] == "maze" else self.args["env_id"]
         self.kind = "Procgen" if procgen else other
         self.length = millions(self.args["total_timesteps"])
-        self.task = self.args["env_id"] if procgen else "mean of dcd's 7 mazes"
+        self.task = self.args["env_id"]
+        if self.kind == "Mazes":
+            self.task = "mean of dcd's 7"
         commits = [start.get("commit", "unknown") for start in self.origin.get("starts", [{}])]
         compiled = ", compiled" if self.args["compile"] else ""
         code = " and ".join(dict.fromkeys(commits))
@@ -81,10 +83,19 @@ class Run:
 
     @property
     def score(self) -> float:
-        """What curricula are compared by: the test return, or the mean of dcd's mazes."""
+        """What curricula are compared by: the return on unseen levels, the mean of dcd's mazes, or
+        the solved rate in the environment's levels."""
         if self.kind == "Procgen":
             return self.last["test_return"]
-        return float(np.mean([self.solved.get(maze, np.nan) for maze in SEVEN]))
+        if self.kind == "Mazes":
+            return float(np.mean([self.solved.get(maze, np.nan) for maze in SEVEN]))
+        return self.last["solved_mean"]
+
+    def score_at(self, gradient_updates: float) -> float:
+        """The score after so many gradient updates, between two evaluations; not of Procgen."""
+        names = [f"solved_{maze}" for maze in SEVEN] if self.kind == "Mazes" else ["solved_mean"]
+        scores = np.mean([self.evaluations[name] for name in names], axis=0)
+        return float(np.interp(gradient_updates, self.evaluations["gradient_updates"], scores))
 
     @property
     def late_score(self) -> float:

@@ -213,10 +213,16 @@ def test_a_full_reproduction_stands_beside_the_paper_and_lacks_nothing(tmp_path)
     middle = 100 * stats.trim_mean(41.0 + np.arange(1, 11), 0.25) / 20.5
     assert rows["PLR",][1].startswith(f"{middle:.1f} [")
     assert rows["PLR",][2:] == ["104.1", "128.3 ± 5.8"]
-    rows = table_of(text, "difference", 1)
-    assert rows["starpilot: PLR − uniform",] == ["+26.00, p < 0.001", "+1.1, p 0.49"]
-    assert rows["starpilot: uniform, ours − published",][0].startswith("−6.30, p ")
-    assert rows["starpilot: PLR, ours − published",][0].startswith("+18.60, p ")
+    rows = table_of(text, "question", 2)
+    plr = rows["Procgen, 25M steps, starpilot: does PLR beat uniform?", "steps"]
+    interval = stats.ttest_ind(
+        41.0 + np.arange(1, 11), [20.0, 21.0] * 5, equal_var=False
+    ).confidence_interval()
+    interval = f"[+{interval.low:.2f}, +{interval.high:.2f}]"
+    assert plr == ["10, 10", "+26.00", interval, "+1.1, p 0.49", "yes"]
+    rows = table_of(text, "ours − published", 1)
+    assert rows["starpilot: uniform",][0].startswith("−6.30, p ")
+    assert rows["starpilot: PLR",][0].startswith("+18.60, p ")
 
 
 def test_ucb_drac_stands_beside_its_columns_of_the_paper(tmp_path):
@@ -262,7 +268,7 @@ def test_what_is_less_than_the_papers_stands_once_above_the_tables(tmp_path):
     assert lacks(text) == [uniform, "PLR (1 of 16 games, runs: 1, steps: 2M, unfinished)"]
     assert table_of(text, "game")["starpilot", "PLR"][1] == "9.36 ± 0.87"
     assert table_of(text, "% of uniform's return", 1)["PLR",][0] == "46.8"
-    assert "starpilot: PLR − uniform" not in text  # of runs at different steps
+    assert "does PLR beat uniform" not in text  # of runs at different steps
     starpilot(tmp_path, "plr", 3, 5.0, steps=2_000_000, temperature=1.0)
     text = report.report([tmp_path / "plr3"])[0]
     assert lacks(text) == ["PLR, temperature 1.0 (1 of 16 games, runs: 1, steps: 2M)"]
@@ -319,7 +325,11 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
         source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
         copy_run(tmp_path, f"{curriculum}{seed}", source, solved, **flags)
     text, pictures, blocks = report.report(tmp_path.iterdir())
-    assert list(pictures) == ["mazes_250M.png", "mazes_250M_by_maze.png"]
+    assert list(pictures) == [
+        "mazes_250M.png",
+        "mazes_250M_by_maze.png",
+        "mazes_250M_complexity.png",
+    ]
     rows = table_of(text, "share of episodes solved", 1)
     names = ["DR", "DR, dcd", "PLR, dcd", "Robust PLR", "Robust PLR, dcd", "Robust PLR, 500M steps"]
     assert rows["share of episodes solved",] == names
@@ -331,10 +341,16 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
     assert rows["DR, 250M",][:3] == ["36,625", ours[0], "0.300"]
     assert rows["Robust PLR, 250M",][1:3] == ["0.700", "0.700"]
     assert rows["Robust PLR, dcd: 250M, 10 runs",][2].startswith("0.815 [")
-    rows = table_of(text, "difference", 1)
-    task = "mean of dcd's 7 mazes"
-    assert rows[f"{task}: Robust PLR − DR",] == ["+0.400", "+0.249, p 0.015"]
-    assert rows[f"{task}: DR, ours − published",][0].startswith("−0.128, p ")
+    rows = table_of(text, "question", 2)
+    question = "Mazes, 250M steps, mean of dcd's 7: does Robust PLR{} beat DR?".format
+    few = "not enough runs to say"
+    assert rows[question(""), "steps"] == ["1, 2", "+0.400", "–", "+0.249, p 0.015", few]
+    # the two runs' evaluations are copies, so their curves do not follow from the final scores
+    assert rows[question(""), "18,075 updates"][0] == "1, 2"
+    assert (question(", 500M steps"), "steps") not in rows
+    assert (question(", 500M steps"), "18,075 updates") in rows
+    rows = table_of(text, "ours − published", 1)
+    assert rows["mean of dcd's 7: DR",][0].startswith("−0.128, p ")
     assert lacks(text) == [
         "DR (runs: 2)",
         "Robust PLR (runs: 1)",
@@ -342,6 +358,61 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
     ]
     assert "| Robust PLR, 500M steps, 250M |" in blocks["mazes"]
     assert blocks["mazes"].startswith("**Less than published:** DR (runs: 2)")
+
+
+@pytest.mark.parametrize(
+    "a, b, said",
+    [
+        ([0.5, 0.6, 0.7], [0.1, 0.2, 0.3], "yes"),
+        ([0.1, 0.2, 0.3], [0.5, 0.6, 0.7], "no: worse"),
+        ([0.1, 0.9], [0.1, 0.5], report.TOO_FEW),
+        ([0.9], [0.1], report.TOO_FEW),
+        ([0.5, 0.5], [0.1, 0.1], report.TOO_FEW),  # without spread there is no interval
+    ],
+)
+def test_a_curriculum_beats_another_only_if_the_interval_says_so(a, b, said):
+    difference, low, high = report.difference_of_means(np.array(a), np.array(b))
+    assert difference == pytest.approx(np.mean(a) - np.mean(b))
+    assert report.answer(low, high) == said
+    if len(a) == 3:  # Welch by hand: equal variances 0.01, so 4 degrees of freedom, t = 2.7764
+        half = 2.776445 * (0.01 / 3 + 0.01 / 3) ** 0.5
+        assert (low, high) == pytest.approx((difference - half, difference + half))
+
+
+def test_curricula_with_other_settings_are_not_compared(tmp_path):
+    for seed in (1, 2):
+        starpilot(tmp_path, "uniform", seed, 20.0 + seed)
+        starpilot(tmp_path, "plr", seed, 30.0 + seed, temperature=1.0)
+        starpilot(tmp_path / "fast", "plr", seed, 40.0 + seed, num_envs=32)
+    text = report.report([path.parent for path in tmp_path.rglob("args.json")])[0]
+    asked = [question for question, _ in table_of(text, "question", 2)][2:]
+    # the temperature is PLR's own, the number of environments is not
+    assert asked == ["Procgen, 25M steps, starpilot: does PLR, temperature 1.0 beat uniform?"]
+
+
+def test_scores_at_equal_updates_lie_on_the_curve(tmp_path):
+    copy_run(tmp_path, "dr", "mazes_dr_60M_seed1_precision=bf16", {})
+    path = tmp_path / "dr" / "evaluations.csv"
+    names = [f"solved_{maze}" for maze in report.SEVEN]
+    lines = [",".join(["global_step", "gradient_updates", *names])]
+    lines += [",".join(map(str, [8192 * x, 10 * x, *[x / 10] * 7])) for x in range(5)]
+    path.write_text("\n".join(lines) + "\n")
+    run = report.read_run(tmp_path / "dr")
+    assert [run.score_at(x) for x in (10, 25)] == pytest.approx([0.1, 0.25])
+
+
+def test_mazes_that_a_curriculum_chose_are_drawn(tmp_path):
+    copy_run(tmp_path, "robust_plr", "mazes_robust_plr_60M_seed1_precision=bf16", {})
+    path = tmp_path / "robust_plr" / "progress.csv"
+    head, *body = path.read_text().splitlines()
+    lines = [f"{head},lineage_replayed,lineage_edited", *[f"{line},2.5,nan" for line in body]]
+    path.write_text("\n".join(lines) + "\n")
+    _, pictures, _ = report.report(tmp_path.iterdir())
+    axes = pictures["mazes_60M_complexity.png"].axes
+    titles = [axis.get_title() for axis in axes]
+    assert titles == list(report.plots.COMPLEXITY.values())
+    assert [len(axis.lines) for axis in axes] == [2, 2, 2, 1]  # new and replayed
+    assert axes[3].lines[0].get_ydata() == pytest.approx(2.5)
 
 
 def test_correlations_are_drawn_where_they_were_measured(tmp_path):
