@@ -1,4 +1,4 @@
-"""What users met: faults of whole runs, each by its kind, done to both scripts."""
+"""What users met: faults of whole runs, each by its kind."""
 
 import errno
 import fcntl
@@ -48,8 +48,10 @@ import ppo_plr_procgen
 import ppo_robust_plr_minigrid
 
 SLOW = {"marks": pytest.mark.slow}
-# the machinery is the same text in both scripts: one of them will do for a quick look
+# what environments have to do with is done to both scripts, of which one will do for a quick look
 EITHER = [ppo_robust_plr_minigrid, pytest.param(ppo_plr_procgen, **SLOW)]
+# the machinery is the same text in both, which test_both_scripts.py holds: one of them will do
+ONE = [ppo_robust_plr_minigrid]
 HANDLED = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP)
 EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
 LOGS = ("progress.csv", "evaluations.csv")
@@ -148,7 +150,7 @@ LOST = {  # which of the rows up to the checkpoint cannot be had again
 }
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize("kind", LOST)
 def test_a_log_that_is_cut_anywhere_gets_its_rows_again(
     kind, script, brief_run, monkeypatch, tmp_path
@@ -212,7 +214,7 @@ s.LevelSampler.update = patient
 """
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize("kind", ["started", "resumed"])
 def test_of_two_processes_with_one_directory_one_is_refused(kind, script, brief_run, tmp_path):
     run_dir = tmp_path / "run"
@@ -231,7 +233,7 @@ def test_of_two_processes_with_one_directory_one_is_refused(kind, script, brief_
     assert not list(run_dir.glob("*.tmp"))
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_two_runs_that_start_in_one_second_have_a_directory_each(script, brief_run, tmp_path):
     clock = f"""
 import time
@@ -257,7 +259,7 @@ time.time = lambda: 1.7e9 + time.perf_counter() / 1e5
     assert len(run_dirs) == 2 and rates == {0.001, 0.002}
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_temporary_files_of_a_killed_process_go_and_those_of_others_stay(
     script, monkeypatch, tmp_path
 ):
@@ -270,7 +272,7 @@ def test_temporary_files_of_a_killed_process_go_and_those_of_others_stay(
     assert not mine.exists() and others.read_bytes() == b"a chapter"
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_a_file_system_without_locks_is_no_obstacle(script, monkeypatch, tmp_path):
     def no_locks(*args):
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
@@ -280,7 +282,7 @@ def test_a_file_system_without_locks_is_no_obstacle(script, monkeypatch, tmp_pat
     assert (tmp_path / "run/result.json").exists()
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_a_directory_is_free_once_its_run_has_ended(script, monkeypatch, tmp_path):
     """In one process, as in a notebook: after a signal, and after an error."""
     run_dir = tmp_path / "run"
@@ -312,7 +314,7 @@ SCREENS = {
 }
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize("kind", SCREENS)
 def test_nothing_that_is_wrong_with_the_screen_ends_a_run(kind, script, brief_run, tmp_path):
     run_dir = tmp_path / "läuft_走"
@@ -345,6 +347,7 @@ s.LevelSampler.update = interrupted
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize("behind", ["| head -1", "> /dev/full", ">&-"])
 def test_the_screen_as_a_user_has_it(behind, script, tmp_path):
     """The interpreter's own flush at its end has nothing to say either."""
@@ -360,7 +363,7 @@ def test_the_screen_as_a_user_has_it(behind, script, tmp_path):
     assert "Exception" not in done.stderr and "Error" not in done.stderr, done.stderr
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_a_printed_command_can_be_pasted(script, monkeypatch, tmp_path, capsys):
     run_dir = tmp_path / 'it\'s a "run"; of $HOME'
     words = [*TINY[script.__name__].split(), "--run-dir", str(run_dir)]
@@ -398,7 +401,7 @@ s.LevelSampler.update = closed
     assert_same_run(run_dir, brief_run(script, EVALUATED))
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_under_nohup_a_closed_terminal_is_nothing(script, brief_run, monkeypatch, tmp_path):
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     after_updates(script, monkeypatch, 1, functools.partial(signal.raise_signal, signal.SIGHUP))
@@ -409,6 +412,7 @@ def test_under_nohup_a_closed_terminal_is_nothing(script, brief_run, monkeypatch
 # ---- decoration ----------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize("what", ["PIL.Image.Image.save", "PIL.Image.fromarray"])
 def test_a_picture_that_fails_is_a_line_on_the_screen(
     what, script, brief_run, monkeypatch, tmp_path, capsys
@@ -429,7 +433,7 @@ def add_module(monkeypatch, directory: Path, text: str) -> None:
     monkeypatch.syspath_prepend(directory)
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize(
     "text",
     ["def init(**options): raise ConnectionError('offline')", "raise ConnectionError('offline')"],
@@ -783,7 +787,7 @@ def test_levels_beyond_all_numbers_are_refused(flag, monkeypatch, tmp_path, caps
 # ---- what is logged elsewhere --------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(script, monkeypatch, tmp_path):
     add_module(monkeypatch, tmp_path, "calls = []\ndef init(**x): calls.append(x)")
     run_dir = tmp_path / "run"
@@ -797,7 +801,7 @@ def test_a_resumed_run_goes_on_in_the_same_run_of_weights_and_biases(script, mon
     assert first["id"] == again["id"] != other["id"] and again["resume"] == "allow"
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.slow
 def test_pythons_loader_sees_each_point_once_after_a_kill_and_a_resume(
     script, monkeypatch, tmp_path
@@ -885,6 +889,7 @@ def test_ctrl_c_during_the_imports_ends_without_a_traceback(script):
     assert process.returncode == -signal.SIGINT and err == ""
 
 
+@pytest.mark.parametrize("script", ONE)
 @pytest.mark.slow
 def test_a_shells_background_job_goes_on_after_ctrl_c(script):
     """A shell that runs a script starts `command &` with SIGINT ignored."""
@@ -895,6 +900,7 @@ def test_a_shells_background_job_goes_on_after_ctrl_c(script):
     assert process.returncode == 0 and "--total-timesteps" in out
 
 
+@pytest.mark.parametrize("script", ONE)
 def test_a_resumed_run_says_where_it_goes_on(script, brief_run, monkeypatch, tmp_path, capsys):
     shutil.copytree(brief_run(script, f"{EVALUATED} {HALF[script]}"), tmp_path / "run")
     main(script, monkeypatch, f"--resume {tmp_path}/run --total-timesteps {STEPS[script]}")
@@ -916,7 +922,7 @@ def advance_clock(script, monkeypatch) -> None:
     monkeypatch.setattr(time, "perf_counter", lambda: now() + late[0])
 
 
-@pytest.mark.parametrize("script", EITHER)
+@pytest.mark.parametrize("script", ONE)
 def test_an_evaluation_stands_once_in_the_progress_lines(script, monkeypatch, tmp_path, capsys):
     advance_clock(script, monkeypatch)
     flags = f"{TINY[script.__name__]} {EVALUATED} --run-dir {tmp_path}/run"
@@ -939,6 +945,7 @@ def test_robust_plr_says_why_it_does_not_learn_yet(monkeypatch, tmp_path, capsys
         assert (share and int(share[1])) == (round(100 * fill) if fill < 0.6 else None)
 
 
+@pytest.mark.parametrize("script", ONE)
 def test_a_line_comes_before_a_long_first_iteration_ends(script, monkeypatch, tmp_path, capsys):
     timers = []
 

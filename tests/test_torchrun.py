@@ -180,6 +180,7 @@ def test_the_first_updates_parameters_are_those_of_one_process(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo_robust_plr_minigrid])
 def test_a_killed_rank_restarts_the_group_from_the_checkpoint(script, played, tmp_path):
     kill = f"""
 {NO_EVALUATION}
