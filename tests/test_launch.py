@@ -18,6 +18,7 @@ from support import ROOT, TINY, assert_same_rows, result_of, rows
 import ppo_robust_plr_minigrid as script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import job
 import launch
 
 STEPS = re.search(r"--total-timesteps (\d+)", TINY[script.__name__])[1]
@@ -189,13 +190,13 @@ def test_a_folder_with_another_sweep_is_refused(out, monkeypatch, capsys):
 
 
 def test_a_failed_command_is_quoted():
-    assert launch.last_words("steps\nerror: --temperature must be above 0.\n") == (
+    assert job.last_words("steps\nerror: --temperature must be above 0.\n") == (
         "--temperature must be above 0."
     )
     box = "╭─ Error ─╮\n│ Unrecognized options: --hot │\n│ ─── │\n│ For help, -h │\n╰──╯\n"
-    assert launch.last_words(box) == "Unrecognized options: --hot"
-    assert launch.last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
-    assert launch.last_words("") == "it printed nothing"
+    assert job.last_words(box) == "Unrecognized options: --hot"
+    assert job.last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
+    assert job.last_words("") == "it printed nothing"
 
 
 # ---- on this machine -----------------------------------------------------------------------------
