@@ -58,12 +58,12 @@ def plan(args: Args) -> dict[Path, list[str]]:
     for option in args.sbatch:
         if args.executor == "local" or not re.fullmatch(r"[\w-]+=.+", option):
             refuse(f"--sbatch {option} must be KEY=VALUE, and with --executor slurm.")
-    if args.executor == "slurm" and not (args.dry_run or slurm.is_here()):
-        refuse("--executor slurm must be started where Slurm's sbatch and srun are.")
     if args.minutes and not (0.5 <= args.minutes < math.inf and args.executor == "local"):
         refuse(f"--minutes {args.minutes:g} must be 0.5 or more, or 0, as with --executor slurm.")
     if args.dry_run and (args.pack or args.unpack):
         refuse("--dry-run must be without --pack and --unpack, which write files.")
+    if args.executor == "slurm" and not (args.dry_run or slurm.is_here()):
+        refuse("--executor slurm must be started where Slurm's sbatch and srun are.")
     taken = {"run_dir", "resume", "evaluate", "seed"}
     values: dict[str, list[str]] = {}
     for word in args.values:
