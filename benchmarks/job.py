@@ -133,6 +133,9 @@ def work(run_dir: Path) -> None:
 # ---- and who waits for it ------------------------------------------------------------------------
 
 
+EXIT_SECONDS = 3  # a training's checkpoint and the end of its process
+
+
 class Job:
     """A process of `work` on this machine. A session of its own keeps Ctrl-C from it, which the
     launcher passes on, and lets it outlive the launcher."""
@@ -162,7 +165,7 @@ class Job:
         """In this iteration: another one, as long as the longest lately, would be over too late.
         Before the first row its iteration is taken to be half done."""
         longest = max([*self.iterations, time.time() - self.row_time])
-        return self.row_time + 2 * longest > end
+        return self.row_time + 2 * longest > end - EXIT_SECONDS
 
     def tell(self) -> None:
         if not self.told:

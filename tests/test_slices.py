@@ -28,29 +28,33 @@ def stop(self, envs):
     end_iteration(self, envs)
 s.Run.end_iteration = stop
 """
-# Does to its run directory what the training scripts do, in iterations that sleep.
+# Does to its run directory what the training scripts do, in iterations that sleep. When it goes on
+# it has one iteration left.
 SLEEPER = """import signal, sys, time
 from pathlib import Path
 flags = dict(zip(sys.argv[1::2], sys.argv[2::2]))
-run_dir, kind = Path(flags["--run-dir"]), flags["--kind"]
-iterations = 2 if kind == "quick" else 1000
+run_dir = Path(flags.get("--run-dir") or flags["--resume"])
+kind = flags.get("--kind", "resumed")
+iterations = {"quick": 2, "quickly": 2, "resumed": 1}.get(kind, 1000)
 seconds = 60 if kind == "slow" else 0.3
 told = []
 signal.signal(signal.SIGINT, lambda *_: told.append(signal.signal(signal.SIGINT, signal.SIG_DFL)))
-(run_dir / "args.json").write_text('{"total_timesteps": 100}')
-(run_dir / "checkpoint.pt").write_text("0")
-with open(run_dir / "progress.csv", "w", buffering=1) as progress:
-    progress.write("global_step,episodic_return\\n")
-    for i in range(1, iterations + 1):
-        end = time.time() + seconds
-        while time.time() < end:
-            time.sleep(0.01)
+checkpoint = run_dir / "checkpoint.pt"
+if "--run-dir" in flags:
+    (run_dir / "args.json").write_text('{"total_timesteps": 1000}')
+    (run_dir / "progress.csv").write_text("global_step,episodic_return\\n")
+    checkpoint.write_text("0")
+first = int(checkpoint.read_text()) + 1
+for i in range(first, first + iterations):
+    end = time.time() + seconds
+    while time.time() < end:
+        time.sleep(0.01)
+    with open(run_dir / "progress.csv", "a") as progress:
         progress.write(f"{i},0.5\\n")
-        if told or i == iterations:
-            (run_dir / "checkpoint.pt").write_text(str(i))
-            break
-if not told:
-    (run_dir / "result.json").write_text("{}")
+    if told:
+        checkpoint.write_text(str(i))
+        sys.exit(130)
+(run_dir / "result.json").write_text("{}")
 """
 
 
@@ -69,28 +73,34 @@ def refused(capsys, action) -> str:
     return message
 
 
+def states_in(printed: str) -> dict[str, str]:
+    """Kind of run -> its state in the table."""
+    return dict(re.findall(r"^kind=(\w+),seed=1 +(\w+)", printed, re.MULTILINE))
+
+
 # ---- --minutes -----------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_three_runs_at_once_stop_with_checkpoints_before_the_minutes_are_over(
-    tmp_path, monkeypatch, capsys
+    packs, tmp_path, monkeypatch, capsys
 ):
-    """One is finished soon and makes room; another would take a minute for its iteration."""
+    """One is finished soon and makes room; another would take a minute for its iteration. Then all
+    go on elsewhere."""
     (tmp_path / "sleeper.py").write_text(SLEEPER)
     began = time.time()
     monkeypatch.setattr(launch, "BEGAN", began)
     out = tmp_path / "out"
-    kinds = ("kind=quick,endless,slow,next,never",)
+    kinds = ("kind=quick,endless,slow,next,quickly",)
     command = f"python {tmp_path}/sleeper.py"
-    args = launch.Args(out=out, command=command, values=kinds, at_most=3, minutes=0.5)
+    args = launch.Args(out=out, command=command, values=kinds, at_most=3, minutes=0.5, pack=packs)
     assert not launch.sweep(args)
     assert time.time() < began + 30
     printed = capsys.readouterr().out
-    states = dict(re.findall(r"^kind=(\w+),seed=1 +(\w+)", printed, re.MULTILINE))
+    states = states_in(printed)
     stopped = dict.fromkeys(("endless", "slow", "next"), "stopped")
-    assert states == {"quick": "finished", "never": "waiting"} | stopped
-    for kind in ("quick", "endless", "next"):
+    assert states == {"quick": "finished", "quickly": "waiting"} | stopped
+    for kind in ("endless", "next"):
         run_dir = out / f"kind={kind},seed=1"
         last = rows(run_dir / "progress.csv")[-1]
         assert (run_dir / "checkpoint.pt").read_text() == f"{last['global_step']:.0f}"
@@ -98,6 +108,12 @@ def test_three_runs_at_once_stop_with_checkpoints_before_the_minutes_are_over(
     # the first checkpoint stays
     assert (out / "kind=slow,seed=1/checkpoint.pt").read_text() == "0"
     assert f"kills {out}/kind=slow,seed=1, which goes on from its last checkpoint\n" in printed
+
+    shutil.move(out, tmp_path / "gone")
+    args = launch.Args(out=out, command=command, values=kinds, at_most=3, unpack=packs)
+    assert launch.sweep(args)
+    printed = capsys.readouterr().out
+    assert states_in(printed) == dict.fromkeys(states, "finished")
 
 
 # ---- --pack and --unpack -------------------------------------------------------------------------
