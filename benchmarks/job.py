@@ -164,8 +164,15 @@ class Job:
     def must_stop(self, end: float) -> bool:
         """In this iteration: another one, as long as the longest lately, would be over too late.
         Before the first row its iteration is taken to be half done."""
+        if not self.has_row and not self.has_begun():
+            return time.time() > end - EXIT_SECONDS  # a signal would kill it: it may yet begin
         longest = max([*self.iterations, time.time() - self.row_time])
         return self.row_time + 2 * longest > end - EXIT_SECONDS
+
+    def has_begun(self) -> bool:
+        """Whether the script, started last, has said on what it trains: it heeds signals now."""
+        printed = read_text(self.run_dir / "job.log").rpartition("\n$ ")[2]
+        return "\ntraining on " in printed
 
     def tell(self) -> None:
         if not self.told:
