@@ -6,8 +6,8 @@
 
 Into a folder of benchmarks/results/runs: args.json, result.json, evaluation_*.json (but for paths),
 evaluations.csv, progress.csv and, if there is one, worst_case.csv with at most 200 of their rows,
-evenly spaced, and run.json:
-command, commit and machine of each start. A run that goes on may be copied too, and again later.
+evenly spaced, and run.json: of each slice, a start that got to train, the command, commit, machine
+and the step it goes on from. A run that goes on may be copied too, and again later.
 """
 
 import functools
@@ -69,13 +69,17 @@ def default_name(args: dict[str, Any]) -> str:
     return "_".join([*parts, *(f"{name}={value}" for name, value in settings(args).items())])
 
 
-def read_starts(log: str) -> list[dict[str, str]]:
-    """Command, commit and machine of a run's first start, and of each at another of the two."""
-    starts: list[dict[str, str]] = []
-    found = re.findall(r"^# commit (\S+) on (.+)\n\$ (.+)", log, re.MULTILINE)
-    for commit, machine, command in found:
-        if not starts or (commit, machine) != (starts[-1]["commit"], starts[-1]["machine"]):
-            starts.append({"command": command, "commit": commit, "machine": machine})
+def read_starts(log: str) -> list[dict[str, Any]]:
+    """Command, commit, machine and first step of each slice of a run, from its job.log."""
+    starts: list[dict[str, Any]] = []
+    begins = re.compile(r"^# commit (\S+) on (.+)\n\$ (.+)\n", re.MULTILINE)
+    _, *found = begins.split(log)
+    for commit, machine, command, printed in zip(*(found[i::4] for i in range(4))):
+        goes_on = re.search(r"^continuing at step ([\d,]+)$", printed, re.MULTILINE)
+        step = int(goes_on[1].replace(",", "")) if goes_on else 0
+        start = {"command": command, "commit": commit, "machine": machine, "from_step": step}
+        if "training on " in printed:  # the script's first line
+            starts.append(start)
     return starts
 
 

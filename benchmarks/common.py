@@ -34,7 +34,8 @@ def cpu_name() -> str:
 
 
 def commit_and_machine(script: Path) -> str:
-    """A commit ends in "+changes" if the script or the sampler beside it differs from it."""
+    """A commit ends in "+changes" if the script or the sampler beside it differs from it. In a copy
+    without git's folder it is what the environment variable COMMIT says."""
 
     def output_of(*command: str) -> str:
         if shutil.which(command[0]) is None:
@@ -42,7 +43,8 @@ def commit_and_machine(script: Path) -> str:
         done = subprocess.run(command, cwd=script.parent, capture_output=True, text=True)
         return done.stdout.strip()
 
-    commit = output_of("git", "rev-parse", "--short=7", "HEAD") or "unknown"
+    commit = output_of("git", "rev-parse", "--short=7", "HEAD")
+    commit = commit or os.environ.get("COMMIT", "unknown")
     if output_of("git", "status", "--porcelain", "--", script.name, "plr_sampler.py"):
         commit += "+changes"
     query = "nvidia-smi", "--query-gpu=name", "--format=csv,noheader"

@@ -356,14 +356,29 @@ those that go on are in the pictures only. Robust PLR's new levels are steps wit
 """
 
 
+def place_of(start: dict[str, Any]) -> str:
+    return f"{start.get('commit', 'unknown')} on {start.get('machine', 'unknown')}"
+
+
+def places_of(starts: list[dict[str, Any]]) -> list[str]:
+    """Where a run's slices ran; those that follow one another at one place together."""
+    places = []
+    for place, group in itertools.groupby(starts, place_of):
+        first, *others = group
+        step = first.get("from_step", 0)
+        after = f" from step {step:,}" if step else ""
+        count = f" in {len(others) + 1} slices" if others else ""
+        places.append(f"{place}{after}{count}")
+    return places
+
+
 def origin_of(run: Run) -> str:
     starts = run.origin.get("starts", [{"command": "not recorded"}])
-    places = [f"{x.get('commit', 'unknown')} on {x.get('machine', 'unknown')}" for x in starts]
     steps = f"{run.last['global_step']:,.0f} steps"
     if not run.finished:
         last = run.progress["global_step"][-1] if run.progress else 0
         steps = f"{last:,.0f} of {run.args['total_timesteps']:,} steps, unfinished"
-    made = f"`{starts[0]['command']}`; commit {', then '.join(dict.fromkeys(places))}; {steps}."
+    made = f"`{starts[0]['command']}`; commit {', then '.join(places_of(starts))}; {steps}."
     return f"- **{run.name}**: {made} {run.origin.get('note', '')}".strip() + "\n"
 
 

@@ -40,7 +40,7 @@ from unittest import mock
 import torch
 import tyro
 from common import ROOT, SCRIPTS, commit_and_machine, markdown, read_csv, refuse, write_csv
-from launch import last_words
+from job import last_words
 from peers import cleanrl, jaxued
 
 

@@ -18,6 +18,7 @@ from support import ROOT, TINY, assert_same_rows, result_of, rows
 import ppo_robust_plr_minigrid as script
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
+import job
 import launch
 
 STEPS = re.search(r"--total-timesteps (\d+)", TINY[script.__name__])[1]
@@ -152,6 +153,12 @@ BAD = {
     "--executor slurm": "--executor slurm must be started where Slurm's sbatch and srun are",
     "--sbatch account=me": "--sbatch account=me must be KEY=VALUE, and with --executor slurm",
     "--executor slurm --sbatch account": "--sbatch account must be KEY=VALUE",
+    "--minutes 0.4": "--minutes 0.4 must be 0.5 or more, or 0",
+    "--minutes nan": "--minutes nan must be 0.5 or more, or 0",
+    "--minutes 9 --executor slurm": "--minutes 9 must be 0.5 or more, or 0, as with --executor",
+    "--dry-run --pack packs": "--dry-run must be without --pack and --unpack",
+    "--unpack packs": "--unpack packs must be a folder that --pack has filled",
+    "--pack README.md": "--pack README.md cannot be written: File exists",
     "--executor condor": "condor",
     "--command python": '--command "python" must start a script that exists',
     "--command python|nothing.py": '--command "python nothing.py" must start a script that exists',
@@ -189,13 +196,13 @@ def test_a_folder_with_another_sweep_is_refused(out, monkeypatch, capsys):
 
 
 def test_a_failed_command_is_quoted():
-    assert launch.last_words("steps\nerror: --temperature must be above 0.\n") == (
+    assert job.last_words("steps\nerror: --temperature must be above 0.\n") == (
         "--temperature must be above 0."
     )
     box = "╭─ Error ─╮\n│ Unrecognized options: --hot │\n│ ─── │\n│ For help, -h │\n╰──╯\n"
-    assert launch.last_words(box) == "Unrecognized options: --hot"
-    assert launch.last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
-    assert launch.last_words("") == "it printed nothing"
+    assert job.last_words(box) == "Unrecognized options: --hot"
+    assert job.last_words("Traceback\n  x\nValueError: no\n\n") == "ValueError: no"
+    assert job.last_words("") == "it printed nothing"
 
 
 # ---- on this machine -----------------------------------------------------------------------------

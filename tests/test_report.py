@@ -502,3 +502,17 @@ def test_readme_tables_are_replaced_by_name(capsys):
     with pytest.raises(SystemExit):
         report.with_tables(readme, {"procgen_2M": "| new |\n"})
     assert "a table mazes, which must be one of procgen_2M" in capsys.readouterr().err
+
+
+def test_the_report_names_where_each_slice_of_a_run_was():
+    here, there = (
+        {"commit": "1111111", "machine": "a CPU"},
+        {"commit": "1111111", "machine": "H200"},
+    )
+    starts = [here, there | {"from_step": 5000}, there | {"from_step": 7000}]
+    starts.append(here | {"from_step": 9000})
+    assert report.places_of(starts) == [
+        "1111111 on a CPU",
+        "1111111 on H200 from step 5,000 in 2 slices",
+        "1111111 on a CPU from step 9,000",
+    ]

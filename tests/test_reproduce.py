@@ -120,6 +120,7 @@ def test_a_run_is_trained_copied_and_not_trained_again(tmp_path, monkeypatch, ca
     git = ["git", "rev-parse", "--short=7", "HEAD"]
     commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True).stdout.strip()
     assert start["commit"].removesuffix("+changes") == (commit or "unknown") and start["machine"]
+    assert start["from_step"] == 0
     assert json.loads((folder / "result.json").read_text())["global_step"] == 96
     printed = call(monkeypatch, capsys, flags)
     assert "1 finished" in printed and not any(line.startswith("starts") for line in printed)
@@ -148,14 +149,20 @@ def test_a_copy_has_the_results_and_where_they_are_from(run_dir, tmp_path):
     assert (copy / "worst_case.csv").read_text() == "alpha_percent,solved_rate\n100,0.5\n"
 
 
-def test_job_log_tells_each_commit_and_machine():
-    log = "# python a.py\n\n# commit 1111111 on a CPU, no GPU\n$ python a.py --run-dir r\nsteps\n"
-    again = "\n# commit {} on {}\n$ python a.py --resume r\nsteps\n"
-    log += again.format("1111111", "a CPU, no GPU")
-    log += again.format("2222222+changes", "b CPU, 1 H200")
+def test_job_log_tells_each_slices_commit_machine_and_first_step():
+    start = "\n# commit {} on {}\n$ python a.py {} r\n{}\n"
+    begun = "training on 2 CPU threads\ncontinuing at step {:,}"
+    log = "# python a.py\n"
+    log += start.format("1111111", "a CPU, no GPU", "--run-dir", "error: it does not start")
+    log += start.format("1111111", "a CPU, no GPU", "--run-dir", "training on 2 CPU threads")
+    log += start.format("1111111", "a CPU, no GPU", "--resume", begun.format(96))
+    log += start.format("2222222+changes", "b CPU, 1 H200", "--resume", begun.format(123456))
     first = {"command": "python a.py --run-dir r", "commit": "1111111", "machine": "a CPU, no GPU"}
-    later = {"command": "python a.py --resume r", "commit": "2222222+changes"}
-    assert collect.read_starts(log) == [first, later | {"machine": "b CPU, 1 H200"}]
+    more = first | {"command": "python a.py --resume r"}
+    last = more | {"commit": "2222222+changes", "machine": "b CPU, 1 H200"}
+    steps = 0, 96, 123_456
+    expected = [start | {"from_step": x} for start, x in zip((first, more, last), steps)]
+    assert collect.read_starts(log) == expected
 
 
 def test_a_later_copy_of_a_run_takes_the_place_of_an_earlier_one(run_dir, tmp_path):
