@@ -51,10 +51,11 @@ def kind_of(args: dict[str, Any]) -> str:
 
 
 def settings(args: dict[str, Any]) -> dict[str, Any]:
-    """The flags in a run's args.json that differ from the defaults, the papers' settings."""
+    """The flags in a run's args.json that differ from the defaults, the papers' settings. One that
+    is None, as max_steps of a registered environment, is left to the environment."""
     usual = defaults(kind_of(args))
     names = [name for name in args if name in usual and name not in NO_SETTINGS]
-    return {name: args[name] for name in names if args[name] != usual[name]}
+    return {name: args[name] for name in names if args[name] not in (usual[name], None)}
 
 
 def millions(steps: float) -> str:

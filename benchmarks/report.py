@@ -197,7 +197,8 @@ def questions(section: Section) -> list[list[str]]:
             for equal, (a, b) in scores.items():
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
                 words = [number(x, digits, "+") for x in interval]
-                row = [f"{section.title}, {task}: does {better} beat {baseline}?", equal]
+                where = ", ".join(x for x in (section.title, section.common, task) if x)
+                row = [f"{where}: does {better} beat {baseline}?", equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
                 row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
                 row += [published_gap(section, task, *pair) if known and equal == "steps" else "–"]
@@ -411,7 +412,8 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
         for run in section.runs:
             made[run.made].append(run.variant)
         code = "; ".join(f"{', '.join(dict.fromkeys(x))}: {how}" for how, x in made.items())
-        text += f"\n## {section.title}\n\n{code}.\n"
+        common = f"All with {section.common}. " if section.common else ""
+        text += f"\n## {section.title}\n\n{common}{code}.\n"
         for part, figure in drawn.items():
             if figure is None:
                 continue

@@ -155,6 +155,8 @@ class Section:
     kind: str  # Procgen, Mazes, or the environment
     length: str  # as in 25M
     variants: dict[str, list[Run]]
+    # settings that are not the papers' but all the runs'; the variants' names are without them
+    common: str = ""
 
     def __post_init__(self):
         self.title = f"{self.kind}, {self.length} steps"
@@ -170,7 +172,7 @@ class Section:
         # Variant -> curriculum of published numbers; none beside runs with other settings only.
         shown = {NAMES[curriculum]: curriculum for curriculum in SHOWN.get(self.kind, [])}
         shown |= {name: x for name, x in UCB_METHODS.items() if name in self.variants}
-        self.published = shown if shown.keys() & self.variants.keys() else {}
+        self.published = shown if shown.keys() & self.variants.keys() and not self.common else {}
         self.is_as_long = self.length == millions(LENGTHS.get(self.kind, 0))
         others = [name for name in self.variants if name not in COLORS]
         self.colors = COLORS | dict(zip(others, itertools.cycle(MORE_COLORS)))
@@ -240,8 +242,12 @@ def sections(runs: list[Run]) -> list[Section]:
     for (kind, length), members in grouped.items():
         members.sort(key=lambda x: (len(x.variant), x.variant))
         members.sort(key=lambda x: order.index(NAMES[x.args["curriculum"]]))
+        names = [[f"{key} {x}" for key, x in settings(run.args).items()] for run in members]
+        common = [x for x in names[0] if all(x in others for others in names[1:])]
+        common = [x for x in common if x in members[0].variant.split(", ")]  # not precision
         variants: dict[str, list[Run]] = defaultdict(list)
         for run in members:
+            run.variant = ", ".join(x for x in run.variant.split(", ") if x not in common)
             variants[run.variant].append(run)
-        found.append(Section(kind, length, dict(variants)))
+        found.append(Section(kind, length, dict(variants), ", ".join(common)))
     return sorted(found, key=lambda s: (s.kind != "Procgen", s.kind, -float(s.length[:-1])))
