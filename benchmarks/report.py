@@ -168,6 +168,15 @@ def answer(low: float, high: float) -> str:
     return "no: worse" if high < 0 else TOO_FEW
 
 
+def question(section: Section, task: str, better: str, baseline: str) -> str:
+    """What both have stands once, before the question."""
+    a, b = better.split(", "), baseline.split(", ")
+    shared = [x for x in a if x in b]
+    where = [section.title, section.common, *shared, "" if section.title.startswith(task) else task]
+    a, b = (", ".join(x for x in names if x not in shared) for names in (a, b))
+    return f"{', '.join(x for x in where if x)}: does {a} beat {b}?"
+
+
 def questions(section: Section) -> list[list[str]]:
     """A row for each comparison of two curricula that the finished runs of one length allow, other
     settings equal: at equal steps and, where they differ, at equal gradient updates."""
@@ -197,8 +206,7 @@ def questions(section: Section) -> list[list[str]]:
             for equal, (a, b) in scores.items():
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
                 words = [number(x, digits, "+") for x in interval]
-                where = ", ".join(x for x in (section.title, section.common, task) if x)
-                row = [f"{where}: does {better} beat {baseline}?", equal]
+                row = [question(section, task, better, baseline), equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
                 row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
                 row += [published_gap(section, task, *pair) if known and equal == "steps" else "–"]

@@ -137,6 +137,10 @@ def table_of(text: str, first: str, words: int = 2) -> dict[tuple[str, ...], lis
     return {tuple(row[:words]): row[words:] for row in rows}
 
 
+def questions_in(text: str) -> list[str]:
+    return [question for (question,) in table_of(text, "question", 1)][2:]
+
+
 def lacks(text: str) -> list[str]:
     """What stands above the only tables of a report."""
     (line,) = [x for x in text.splitlines() if x.startswith("**Less than published:**")]
@@ -271,8 +275,9 @@ def test_what_is_less_than_the_papers_stands_once_above_the_tables(tmp_path):
     assert "does PLR beat uniform" not in text  # of runs at different steps
     starpilot(tmp_path, "plr", 3, 5.0, steps=2_000_000, temperature=1.0)
     text = report.report([tmp_path / "plr3"])[0]
-    assert lacks(text) == ["PLR, temperature 1.0 (1 of 16 games, runs: 1, steps: 2M)"]
-    row = table_of(text, "game")["starpilot", "PLR, temperature 1.0"]
+    assert "All with temperature 1.0. PLR: bf16" in text
+    assert lacks(text) == ["PLR (1 of 16 games, runs: 1, steps: 2M)"]
+    row = table_of(text, "game")["starpilot", "PLR"]
     assert row[1] == "5.00 ± 0.87" and row[3] == "–"  # the paper's has another temperature
     assert "% of uniform's return" not in text
 
@@ -385,9 +390,29 @@ def test_curricula_with_other_settings_are_not_compared(tmp_path):
         starpilot(tmp_path, "plr", seed, 30.0 + seed, temperature=1.0)
         starpilot(tmp_path / "fast", "plr", seed, 40.0 + seed, num_envs=32)
     text = report.report([path.parent for path in tmp_path.rglob("args.json")])[0]
-    asked = [question for question, _ in table_of(text, "question", 2)][2:]
     # the temperature is PLR's own, the number of environments is not
-    assert asked == ["Procgen, 25M steps, starpilot: does PLR, temperature 1.0 beat uniform?"]
+    assert questions_in(text) == [
+        "Procgen, 25M steps, starpilot: does PLR, temperature 1.0 beat uniform?"
+    ]
+
+
+def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_path):
+    for seed in (1, 2):
+        for curriculum, score in ("uniform", 20), ("plr", 30):
+            starpilot(tmp_path, curriculum, seed, score + seed, num_envs=32, update_epochs=1)
+    dirs = list(tmp_path.iterdir())
+    text = report.report(dirs)[0]
+    common = "num_envs 32, update_epochs 1"
+    assert f"All with {common}. uniform, PLR: bf16" in text
+    names = [name for _, name in table_of(text, "game") if name not in ("curriculum", "---")]
+    assert names == ["uniform", "PLR"]  # but beside no published number: it has other settings
+    assert all(row[-1] == "–" for (_, name), row in table_of(text, "game").items() if name in names)
+    asked = f"Procgen, 25M steps, {common}, starpilot: does PLR beat uniform?"
+    assert questions_in(text) == [asked]
+    # with another run the first is all runs' setting, the second that of the two that are compared
+    starpilot(tmp_path / "other", "uniform", 1, 20.0, num_envs=32)
+    text = report.report([*dirs, tmp_path / "other" / "uniform1"])[0]
+    assert "All with num_envs 32. " in text and questions_in(text) == [asked]
 
 
 def test_scores_at_equal_updates_lie_on_the_curve(tmp_path):
