@@ -203,6 +203,9 @@ def score_correlations(section) -> Figure | None:
     for row, (name, runs) in enumerate(measured.items()):
         for kind, what in enumerate(("new levels", "replayed levels")):
             axis = axes[2 * row + kind]
+            if not any((run.progress["replay"] == kind).any() for run in runs):
+                axis.remove()  # domain randomisation replays nothing
+                continue
             for run in runs:
                 for column in [x for x in colors if x in run.progress]:
                     line = smoothed(run, column, run.progress["replay"] == kind)
@@ -285,7 +288,7 @@ def worst_case(section, published: dict[tuple[str, str], dict[str, Any]]) -> Fig
         if rates:
             alphas = sorted(set.intersection(*map(set, rates)))
             y = np.array([[x[alpha] for alpha in alphas] for x in rates])
-            label = f"{name} ({len(y)} run{'s' * (len(y) > 1)})"
+            label = textwrap.fill(f"{name} ({len(y)} run{'s' * (len(y) > 1)})", 34)
             color = section.colors[name]
             axis.plot(alphas, y.mean(0), lw=2.5, zorder=3, color=color, label=label, **MARKS)
             if len(y) > 1:

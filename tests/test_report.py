@@ -440,32 +440,45 @@ def test_mazes_that_a_curriculum_chose_are_drawn(tmp_path):
     assert axes[3].lines[0].get_ydata() == pytest.approx(2.5)
 
 
-def test_correlations_are_drawn_where_they_were_measured(tmp_path):
-    for curriculum in ("dr", "robust_plr"):
-        source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
-        copy_run(tmp_path, curriculum, source, {"solved_Maze": 0.5})
-    path = tmp_path / "robust_plr" / "progress.csv"
+def add_correlations(run_dir) -> None:
+    """Two columns in progress.csv: 0.25 where levels were replayed, -0.5 where not; and nan."""
+    path = run_dir / "progress.csv"
     head, *body = path.read_text().splitlines()
     replay = head.split(",").index("replay")
     lines = [f"{head},correlation_mna,correlation_gae"]
     for line in body:
         lines.append(f"{line},{0.25 if line.split(',')[replay] == '1' else -0.5},nan")
     path.write_text("\n".join(lines) + "\n")
-    _, pictures, _ = report.report(tmp_path.iterdir())
-    drawn = [figure for name, figure in pictures.items() if name.endswith("correlations.png")]
-    assert len(drawn) == 1  # nothing for a run that has not measured them
-    new, replayed = drawn[0].axes
+
+
+def test_correlations_are_drawn_where_they_were_measured(tmp_path):
+    def drawn() -> list:
+        _, pictures, _ = report.report(tmp_path.iterdir())
+        return [figure for name, figure in pictures.items() if name.endswith("correlations.png")]
+
+    for curriculum in ("dr", "robust_plr"):
+        source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
+        copy_run(tmp_path, curriculum, source, {"solved_Maze": 0.5})
+    assert drawn() == []
+    add_correlations(tmp_path / "robust_plr")
+    (figure,) = drawn()
+    new, replayed = figure.axes
     assert new.get_title() == "Robust PLR: new levels"
     for axis, value in ((new, -0.5), (replayed, 0.25)):
         lines = [line.get_ydata() for line in axis.lines if len(line.get_ydata()) > 2]
         assert len(lines) == 1 and lines[0] == pytest.approx(value)
-    labels = [text.get_text() for text in drawn[0].legends[0].get_texts()]
+    labels = [text.get_text() for text in figure.legends[0].get_texts()]
     assert labels == ["mna", "gae"]
+    add_correlations(tmp_path / "dr")  # which replays nothing
+    titles = [axis.get_title() for axis in drawn()[0].axes]
+    assert titles == ["DR: new levels", "Robust PLR: new levels", "Robust PLR: replayed levels"]
 
 
 def test_the_worst_case_stands_beside_the_published_curves(tmp_path):
     for seed, rates in ((1, (0.1, 0.5, 0.8)), (2, (0.3, 0.7, 1.0))):
-        copy_run(tmp_path, f"dr{seed}", "mazes_dr_60M_seed1_precision=bf16", {}, seed=seed)
+        flags = {"seed": seed, "num_walls": 60, "vary_num_walls": True, "learning_rate": 5e-4}
+        copy_run(tmp_path, f"dr{seed}", "mazes_dr_60M_seed1_precision=bf16", {}, **flags)
+        copy_run(tmp_path, f"usual{seed}", "mazes_dr_60M_seed1_precision=bf16", {}, seed=seed)
         rows = zip((1, 10, 100), rates)
         lines = ["alpha_percent,solved_rate", *[f"{alpha},{rate}" for alpha, rate in rows]]
         if seed == 1:  # more mazes: an alpha that the other run lacks
@@ -475,9 +488,11 @@ def test_the_worst_case_stands_beside_the_published_curves(tmp_path):
     (name,) = [name for name in pictures if name.endswith("_worst_case.png")]
     assert f"(pictures/{name})" in text
     (axis,) = pictures[name].axes
+    pictures[name].draw_without_rendering()
+    assert axis.get_position().width > 0.6  # the rest is for the names, however long
     lines = {line.get_label(): line for line in axis.lines}
     label, *others = lines
-    assert label.endswith("(2 runs)") and len(others) == len(report.WORST_CASE) == 13
+    assert label.split()[-2:] == ["(2", "runs)"] and len(others) == len(report.WORST_CASE) == 13
     np.testing.assert_allclose(lines[label].get_xydata(), [[1, 0.2], [10, 0.6], [100, 0.9]])
     published = dict(lines["DR, No Regrets"].get_xydata())
     assert published[1] == 0.561 and published[100] == 0.993 and 0.01 not in published
