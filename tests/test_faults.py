@@ -351,7 +351,7 @@ s.LevelSampler.update = interrupted
 @pytest.mark.parametrize("behind", ["| head -1", "> /dev/full", ">&-"])
 def test_the_screen_as_a_user_has_it(behind, script, tmp_path):
     """The interpreter's own flush at its end has nothing to say either."""
-    flags = f"{TINY[script.__name__]} {HALF[script]} --run-dir {tmp_path}/run"
+    flags = f"{TINY[script.__name__]} {HALF[script]} --eval-episodes 1 --run-dir {tmp_path}/run"
     command = f"{sys.executable} {script.__name__}.py {flags} {behind}"
     command += '\nexit "${PIPESTATUS[0]}"'
     env = {**os.environ, "OMP_NUM_THREADS": "1"}

@@ -79,6 +79,7 @@ def test_a_resumed_run_equals_the_uninterrupted_one(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo_plr_procgen])
 def test_killed_and_resumed_as_a_user_does_it(script, finished_run, tmp_path):
     """Nothing in the way of the script: its own evaluation, and a start of Python each time."""
     run_dir, command = (
@@ -120,30 +121,29 @@ def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(
 def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(
     script, brief_run, tmp_path
 ):
-    expected, rng, killed = brief_run(script, EVALUATED), random.Random(0), 0
+    expected, rng = brief_run(script, EVALUATED), random.Random(0)
     whole = (expected / "progress.csv").stat().st_size
-    for i in range(2):
-        run_dir, times = tmp_path / str(i), 0
-        progress = run_dir / "progress.csv"
-        new = f"{TINY[script.__name__]} --eval-interval 2 --checkpoint-interval 1"
-        while not (run_dir / "result.json").exists():
-            resumes = (run_dir / "checkpoint.pt").exists()
-            flags = f"--resume {run_dir}" if resumes else f"{new} --run-dir {run_dir}"
-            process = Process(script, flags, tmp_path / f"printed{i}_{times}")
-            if times < 5:
-                size = progress.stat().st_size if progress.exists() else 0
-                until = size + rng.random() * (whole - size) / 2
-                while process.is_alive() and not is_as_large(progress, until):
-                    time.sleep(0.005)
-                process.kill_after(rng.random() * 0.05)
-            done = process.wait()
-            assert done.returncode in (0, -signal.SIGKILL), done.stderr
-            times += 1
-            killed += done.returncode != 0
-        assert_same_run(run_dir, expected)
-        events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
-        assert [event.step for event in events] == [row["global_step"] for row in rows(progress)]
-    assert killed >= 2  # one of a run, on average
+    run_dir = tmp_path / "run"
+    progress = run_dir / "progress.csv"
+    new = f"{TINY[script.__name__]} --eval-interval 2 --checkpoint-interval 1"
+    returned = []
+    while not (run_dir / "result.json").exists():
+        resumes = (run_dir / "checkpoint.pt").exists()
+        flags = f"--resume {run_dir}" if resumes else f"{new} --run-dir {run_dir}"
+        process = Process(script, flags, tmp_path / f"printed_{len(returned)}")
+        if len(returned) < 5:
+            size = progress.stat().st_size if progress.exists() else 0
+            until = size + rng.random() * (whole - size) / 2
+            while process.is_alive() and not is_as_large(progress, until):
+                time.sleep(0.005)
+            process.kill_after(rng.random() * 0.05)
+        done = process.wait()
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+        returned.append(done.returncode)
+    assert returned.count(-signal.SIGKILL) >= 1
+    assert_same_run(run_dir, expected)
+    events = EventAccumulator(str(run_dir)).Reload().Scalars("charts/SPS")
+    assert [event.step for event in events] == [row["global_step"] for row in rows(progress)]
 
 
 @pytest.mark.parametrize(
