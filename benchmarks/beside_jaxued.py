@@ -125,7 +125,8 @@ def flags_of(args: ours.Args) -> list[str]:
         "critic_coeff": args.vf_coef,
         "score_function": "MaxMC",
         "prioritization": "rank",
-        "level_buffer_capacity": args.buffer_size,
+        # DR replays nothing: the least that holds a batch
+        "level_buffer_capacity": args.num_envs if args.curriculum == "dr" else args.buffer_size,
         "replay_prob": 0.0 if args.curriculum == "dr" else args.replay_prob,
         "staleness_coeff": args.staleness_coef,
         "temperature": args.temperature,
@@ -226,7 +227,7 @@ def train(args: Args, settings: ours.Args) -> None:
                 row |= mazes if i == BLOCK - 1 else dict.fromkeys(mazes, np.nan)
             row = {"global_step": step} | wall | row | totals | speed
             ours.append_row(args.run_dir / "progress.csv", row)
-        print(f"step {step:,}: solved {row['solved_rate']:.2f}, {speed['SPS']:,.0f} steps/s")
+        ours.say(f"step {step:,}: solved {row['solved_rate']:.2f}, {speed['SPS']:,.0f} steps/s")
         share = EVALUATIONS / number_of_blocks
         if int(number * share + 1e-9) > int((number - 1) * share + 1e-9):
             arrays = {name: x for name, x in block.items() if name.startswith("params/")}
@@ -236,7 +237,7 @@ def train(args: Args, settings: ours.Args) -> None:
             columns = {name: x for name, x in evaluation.items() if name != "episodes"}
             row = {"global_step": step} | wall | totals | columns
             ours.append_row(args.run_dir / "evaluations.csv", row)
-            print(f"step {step:,}: evaluation {evaluation['solved_mean']:.3f}")
+            ours.say(f"step {step:,}: evaluation {evaluation['solved_mean']:.3f}")
     steady = seconds[2:] or seconds  # the first two compile
     ours.evaluate_worst(agent, settings, device, args.run_dir, step)
     result = {
@@ -252,7 +253,7 @@ def train(args: Args, settings: ours.Args) -> None:
         "evaluation": evaluation,
     }
     ours.write_file(args.run_dir / "result.json", result)
-    print(f"done: {args.run_dir}/result.json, {result['steps_per_second']:,.0f} steps/s")
+    ours.say(f"done: {args.run_dir}/result.json, {result['steps_per_second']:,.0f} steps/s")
 
 
 def main() -> None:
@@ -267,6 +268,8 @@ def main() -> None:
         steps = BLOCK * settings.batch_size
         near = max(1, round(total / steps)) * steps
         refuse(f"--total-timesteps {total} must be a multiple of {steps}, as {near}.")
+    if args.curriculum == "dr" and args.buffer_size != ours.Args.buffer_size:
+        refuse(f"--buffer-size {args.buffer_size} does nothing with --curriculum dr.")
     if not (args.jaxued / "examples" / "maze_plr.py").exists():
         refuse(f"JAXUED {args.jaxued} must be jaxued's source tree, with examples/maze_plr.py.")
     if args.run_dir.exists():

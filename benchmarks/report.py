@@ -168,29 +168,50 @@ def answer(low: float, high: float) -> str:
     return "no: worse" if high < 0 else TOO_FEW
 
 
+def is_different(low: float, high: float) -> str:
+    """Of ours minus another implementation's; that they are equal no interval says."""
+    if low > 0:
+        return "yes: ours is better"
+    return "yes: ours is worse" if high < 0 else TOO_FEW
+
+
+def question(better: Run, baseline: Run) -> str:
+    """What two variants are asked, by a run of each; nothing if they are not to be compared."""
+    curricula = better.args["curriculum"], baseline.args["curriculum"]
+    names = better.variant, baseline.variant
+    if better.implementation == baseline.implementation:
+        alike = without_curriculum(better) == without_curriculum(baseline)
+        ask = alike and curricula in QUESTIONS
+        return f"does {names[0]} beat {names[1]}?" if ask else ""
+    alike = settings(better.args) == settings(baseline.args) and curricula[0] == curricula[1]
+    ask = alike and not better.implementation  # ours first
+    return f"is our {names[0]} different from {names[1]}?" if ask else ""
+
+
 def questions(section: Section) -> list[list[str]]:
     """A row for each comparison of two curricula that the finished runs of one length allow, other
-    settings equal: at equal steps and, where they differ, at equal gradient updates."""
+    settings equal: at equal steps and, where they differ, at equal gradient updates. And one for
+    each curriculum of ours and of another implementation, at equal steps."""
     rows = []
     digits = 2 if section.kind == "Procgen" else 3
     for task in section.tasks:
         found = section.of_task(task).items()
         found = [(name, runs) for name, runs in found if all(run.finished for run in runs)]
         for (better, runs), (baseline, others) in itertools.permutations(found, 2):
-            pair = runs[0].args["curriculum"], others[0].args["curriculum"]
-            if pair not in QUESTIONS or without_curriculum(runs[0]) != without_curriculum(
-                others[0]
-            ):
+            asked = question(runs[0], others[0])
+            if not asked:
                 continue
+            pair = runs[0].args["curriculum"], others[0].args["curriculum"]
+            one_implementation = runs[0].implementation == others[0].implementation
             final = [[run.score for run in x] for x in (runs, others)]
             counts = [run.last.get("gradient_updates", np.nan) for run in (*runs, *others)]
             updates = f"{min(counts):,.0f} updates"
             scores = {}
             if runs[0].args["total_timesteps"] == others[0].args["total_timesteps"]:
                 scores["steps"] = final
-            elif max(counts) < 1.05 * min(counts):
+            elif one_implementation and max(counts) < 1.05 * min(counts):
                 scores[updates] = final
-            if max(counts) > 1.05 * min(counts):
+            if max(counts) > 1.05 * min(counts) and one_implementation:
                 at = [[run.score_at(min(counts)) for run in x] for x in (runs, others)]
                 scores[updates] = at
             known = {better, baseline} <= section.published.keys()
@@ -198,11 +219,12 @@ def questions(section: Section) -> list[list[str]]:
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
                 words = [number(x, digits, "+") for x in interval]
                 where = ", ".join(x for x in (section.title, section.common, task) if x)
-                row = [f"{where}: does {better} beat {baseline}?", equal]
+                row = [f"{where}: {asked}", equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
                 row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
                 row += [published_gap(section, task, *pair) if known and equal == "steps" else "–"]
-                rows.append([*row, answer(*interval)])
+                said = answer if one_implementation else is_different
+                rows.append([*row, said(*interval)])
     return rows
 
 

@@ -77,6 +77,10 @@ class Run:
         compiled = ", compiled" if self.args["compile"] else ""
         code = " and ".join(dict.fromkeys(commits))
         self.made = f"{self.args['precision']}{compiled}, code of {code}"
+        # of beside_jaxued.py: jaxued and its commit; "" of our scripts
+        self.implementation = self.args.get("implementation", "")
+        if self.implementation:
+            self.made = f"{self.implementation}, started by code of {code}"
         # by maze
         rates = {key[7:]: x for key, x in self.last.items() if key.startswith("solved_")}
         self.solved = {maze: x for maze, x in rates.items() if maze not in ("mean", "iqm")}
@@ -135,6 +139,8 @@ def read_run(run_dir: Path) -> Run:
         if others.get("augment") == "ucb" and args["curriculum"] in UCB_NAMES:
             method = UCB_NAMES[args["curriculum"]]
             del others["augment"]
+        if "implementation" in args:
+            method = f"{args['implementation'].split()[0]}'s {method}"
         names = [f"{key} {x}" for key, x in others.items() if key not in ("precision", "compile")]
         origin = json.loads(read_text(run_dir / "run.json") or "{}")
         progress = read_columns(run_dir / "progress.csv")
