@@ -204,16 +204,16 @@ def row_of(args: ours.Args, block: dict[str, np.ndarray], i: int) -> dict[str, f
 def train(args: Args, settings: ours.Args) -> None:
     """jaxued's training, and progress.csv, evaluations.csv and result.json on the way."""
     device = torch.device("cpu")
-    began = last = time.time()
-    seconds = []  # of each block
+    began = time.time()
+    times = [(began, 0.0)]  # at each block's end, and jaxued's CPU time
     step = 0
     totals = {"gradient_updates": 0, "untrained_steps": 0}
     number_of_blocks = settings.num_iterations // BLOCK
     for number, block in enumerate(blocks(args, flags_of(settings)), start=1):
-        seconds.append(float(block["time"]) - last)
-        last = float(block["time"])
-        wall = {"wall_seconds": last - began}
-        speed = {"SPS": BLOCK * settings.batch_size / seconds[-1]}
+        times.append((float(block["time"]), float(block["cpu_time"])))
+        wall = {"wall_seconds": times[-1][0] - began}
+        speed = {"SPS": BLOCK * settings.batch_size / (times[-1][0] - times[-2][0])}
+        mazes = mazes_of(block, "new") | mazes_of(block, "replayed")
         for i in range(BLOCK):
             step += settings.batch_size
             row = row_of(settings, block, i)
@@ -222,9 +222,7 @@ def train(args: Args, settings: ours.Args) -> None:
                 totals["gradient_updates"] += settings.update_epochs * settings.num_minibatches
             else:
                 totals["untrained_steps"] += settings.batch_size
-            for kind in ("new", "replayed"):
-                mazes = mazes_of(block, kind)
-                row |= mazes if i == BLOCK - 1 else dict.fromkeys(mazes, np.nan)
+            row |= mazes if i == BLOCK - 1 else dict.fromkeys(mazes, np.nan)
             row = {"global_step": step} | wall | row | totals | speed
             ours.append_row(args.run_dir / "progress.csv", row)
         ours.say(f"step {step:,}: solved {row['solved_rate']:.2f}, {speed['SPS']:,.0f} steps/s")
@@ -238,7 +236,9 @@ def train(args: Args, settings: ours.Args) -> None:
             row = {"global_step": step} | wall | totals | columns
             ours.append_row(args.run_dir / "evaluations.csv", row)
             ours.say(f"step {step:,}: evaluation {evaluation['solved_mean']:.3f}")
-    steady = seconds[2:] or seconds  # the first two compile
+    seconds, cpu_seconds = np.diff(times, axis=0).T  # of each block; the first two compile
+    steady = slice(min(2, number_of_blocks - 1), None)
+    block_steps = BLOCK * settings.batch_size
     ours.evaluate_worst(agent, settings, device, args.run_dir, step)
     result = {
         "env_id": settings.env_id,
@@ -247,8 +247,9 @@ def train(args: Args, settings: ours.Args) -> None:
         "implementation": f"jaxued {args.commit}",
         "global_step": step,
         **totals,
-        "steps_per_second": BLOCK * settings.batch_size / float(np.median(steady)),
-        "compile_seconds": sum(seconds[:2]) - 2 * float(np.median(steady)),
+        "steps_per_second": block_steps / float(np.median(seconds[steady])),
+        "steps_per_cpu_second": block_steps / float(np.median(cpu_seconds[steady])),
+        "cpu_seconds_to_compile": float((cpu_seconds[:2] - np.median(cpu_seconds[steady])).sum()),
         "wall_seconds": time.time() - began,
         "evaluation": evaluation,
     }

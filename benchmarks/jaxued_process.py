@@ -52,7 +52,7 @@ class Saver:
         arrays |= {f"new/{name}": x for name, x in flat(state.dr_last_level_batch).items()}
         arrays |= {f"replayed/{k}": x for k, x in flat(state.replay_last_level_batch).items()}
         with open("block.tmp", "wb") as file:
-            np.savez(file, time=time.time(), **arrays)
+            np.savez(file, time=time.time(), cpu_time=time.process_time(), **arrays)
         os.replace("block.tmp", f"{block}.npz")
         print(f"BLOCK {block}", flush=True)
 

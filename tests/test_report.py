@@ -390,6 +390,50 @@ def test_curricula_with_other_settings_are_not_compared(tmp_path):
     assert asked == ["Procgen, 25M steps, starpilot: does PLR, temperature 1.0 beat uniform?"]
 
 
+@pytest.mark.parametrize(
+    "theirs, said",
+    [
+        (0.1, "yes: ours is better"),
+        (0.9, "yes: ours is worse"),
+        (0.55, report.TOO_FEW),  # 0 is inside: not "they are equal"
+    ],
+)
+def test_ours_stands_beside_jaxueds(tmp_path, theirs, said):
+    source = "mazes_robust_plr_60M_seed1_precision=bf16"
+    mark = {"exp_name": "jaxued", "implementation": "jaxued 0f8f128"}
+    for seed, off in ((1, -0.02), (2, 0.0), (3, 0.03)):
+        for name, mean, flags in (("ours", 0.5, {}), ("jaxued", theirs, mark)):
+            solved = {f"solved_{maze}": mean + off for maze in report.SEVEN}
+            copy_run(tmp_path, f"{name}_{seed}", source, solved, seed=seed, **flags)
+    # one curriculum against another only within an implementation
+    copy_run(tmp_path, "dr", "mazes_dr_60M_seed1_precision=bf16", {})
+    text = report.report(tmp_path.iterdir())[0]
+    rows = table_of(text, "question")
+    where = "Mazes, 60M steps, mean of dcd's 7: "
+    beside = f"{where}is our Robust PLR different from jaxued's Robust PLR?"
+    asked = {question for question, _ in rows if question.startswith("Mazes")}
+    assert asked == {beside, f"{where}does Robust PLR beat DR?"}
+    assert [equal for question, equal in rows if question == beside] == ["steps"]
+    runs, difference, interval, published, answer = rows[beside, "steps"]
+    assert (runs, published, answer) == ("3, 3", "–", said)
+    assert float(difference.replace("−", "-")) == pytest.approx(0.5 - theirs)
+    half = 2.776445 * (2 * np.var([-0.02, 0, 0.03], ddof=1) / 3) ** 0.5  # Welch's t, by hand
+    low, high = (float(x) for x in interval.replace("−", "-").strip("[]").split(", "))
+    assert (low, high) == pytest.approx((0.5 - theirs - half, 0.5 - theirs + half), abs=6e-4)
+    assert "jaxued's Robust PLR: jaxued 0f8f128, started by code of" in text
+    args = json.loads((tmp_path / "jaxued_2" / "args.json").read_text())
+    assert collect.default_name(args) == "jaxued_mazes_robust_plr_60M_seed2_precision=bf16"
+
+
+def test_ours_and_jaxueds_with_other_settings_or_lengths_are_not_compared(tmp_path):
+    source = "mazes_robust_plr_60M_seed1_precision=bf16"
+    mark = {"implementation": "jaxued 0f8f128"}
+    copy_run(tmp_path, "ours", source, {})
+    copy_run(tmp_path, "jaxued", source, {}, learning_rate=5e-4, **mark)
+    copy_run(tmp_path, "longer", source, {}, total_timesteps=60_200_000, **mark)
+    assert "different from" not in report.report(tmp_path.iterdir())[0]
+
+
 def test_scores_at_equal_updates_lie_on_the_curve(tmp_path):
     copy_run(tmp_path, "dr", "mazes_dr_60M_seed1_precision=bf16", {})
     path = tmp_path / "dr" / "evaluations.csv"
