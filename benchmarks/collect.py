@@ -66,6 +66,8 @@ def millions(steps: float) -> str:
 def default_name(args: dict[str, Any]) -> str:
     # Procgen has a maze, too
     game = "mazes" if args["env_id"] == "maze" and kind_of(args) == "mazes" else args["env_id"]
+    if "implementation" in args:  # not ours: jaxued's, of beside_jaxued.py
+        game = f"{args['implementation'].split()[0]}_{game}"
     parts = [game, args["curriculum"], millions(args["total_timesteps"]), f"seed{args['seed']}"]
     return "_".join([*parts, *(f"{name}={value}" for name, value in settings(args).items())])
 

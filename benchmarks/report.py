@@ -168,49 +168,74 @@ def answer(low: float, high: float) -> str:
     return "no: worse" if high < 0 else TOO_FEW
 
 
-def question(section: Section, task: str, better: str, baseline: str) -> str:
-    """What both have stands once, before the question."""
-    a, b = better.split(", "), baseline.split(", ")
-    shared = [x for x in a if x in b]
-    where = [section.title, section.common, *shared, "" if section.title.startswith(task) else task]
-    a, b = (", ".join(x for x in names if x not in shared) for names in (a, b))
-    return f"{', '.join(x for x in where if x)}: does {a} beat {b}?"
+def is_different(low: float, high: float) -> str:
+    """Of ours minus another implementation's; that they are equal no interval says."""
+    if low > 0:
+        return "yes: ours is better"
+    return "yes: ours is worse" if high < 0 else TOO_FEW
+
+
+def to_be_compared(better: Run, baseline: Run) -> bool:
+    """Two curricula of one implementation, or ours and another's of one curriculum; other settings
+    equal."""
+    curricula = better.args["curriculum"], baseline.args["curriculum"]
+    if better.implementation == baseline.implementation:
+        alike = without_curriculum(better) == without_curriculum(baseline)
+        return alike and curricula in QUESTIONS
+    alike = settings(better.args) == settings(baseline.args)
+    return alike and curricula[0] == curricula[1] and not better.implementation  # ours first
+
+
+def question(section: Section, measured: str, better: Run, baseline: Run) -> str:
+    """Of two variants, by a run of each. The settings that both have stand once, before it."""
+    names = better.variant.split(", "), baseline.variant.split(", ")
+    shared = [x for x in names[0] if x in names[1]]
+    measured = "" if section.title.startswith(measured) else measured
+    where = ", ".join(x for x in (section.title, section.common, *shared, measured) if x)
+    a, b = (", ".join(x for x in words if x not in shared) for words in names)
+    if better.implementation == baseline.implementation:
+        return f"{where}: does {a} beat {b}?"
+    return f"{where}: is our {a} different from {b}?"
 
 
 def questions(section: Section) -> list[list[str]]:
     """A row for each comparison of two curricula that the finished runs of one length allow, other
-    settings equal: at equal steps and, where they differ, at equal gradient updates."""
+    settings equal: at equal steps and, where they differ, at equal gradient updates. And one for
+    each curriculum of ours and of another implementation, at equal steps."""
     rows = []
     digits = 2 if section.kind == "Procgen" else 3
     for task in section.tasks:
         found = section.of_task(task).items()
         found = [(name, runs) for name, runs in found if all(run.finished for run in runs)]
         for (better, runs), (baseline, others) in itertools.permutations(found, 2):
-            pair = runs[0].args["curriculum"], others[0].args["curriculum"]
-            if pair not in QUESTIONS or without_curriculum(runs[0]) != without_curriculum(
-                others[0]
-            ):
+            if not to_be_compared(runs[0], others[0]):
                 continue
-            final = [[run.score for run in x] for x in (runs, others)]
+            pair = runs[0].args["curriculum"], others[0].args["curriculum"]
+            same = runs[0].implementation == others[0].implementation
             counts = [run.last.get("gradient_updates", np.nan) for run in (*runs, *others)]
             updates = f"{min(counts):,.0f} updates"
-            scores = {}
+            final = [[run.score for run in x] for x in (runs, others)]
+            scores = {}  # of the runs, by what they were measured on and what was equal
             if runs[0].args["total_timesteps"] == others[0].args["total_timesteps"]:
-                scores["steps"] = final
-            elif max(counts) < 1.05 * min(counts):
-                scores[updates] = final
-            if max(counts) > 1.05 * min(counts):
+                scores[task, "steps"] = final
+                if all(run.worst_case for run in (*runs, *others)):
+                    of_random = [[run.random_mazes for run in x] for x in (runs, others)]
+                    scores["random mazes", "steps"] = of_random
+            elif same and max(counts) < 1.05 * min(counts):
+                scores[task, updates] = final
+            if same and max(counts) > 1.05 * min(counts):
                 at = [[run.score_at(min(counts)) for run in x] for x in (runs, others)]
-                scores[updates] = at
+                scores[task, updates] = at
             known = {better, baseline} <= section.published.keys()
-            for equal, (a, b) in scores.items():
+            for (measured, equal), (a, b) in scores.items():
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
                 words = [number(x, digits, "+") for x in interval]
-                row = [question(section, task, better, baseline), equal]
+                row = [question(section, measured, runs[0], others[0]), equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
                 row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
-                row += [published_gap(section, task, *pair) if known and equal == "steps" else "–"]
-                rows.append([*row, answer(*interval)])
+                known_here = known and (measured, equal) == (task, "steps")
+                row += [published_gap(section, task, *pair) if known_here else "–"]
+                rows.append([*row, (answer if same else is_different)(*interval)])
     return rows
 
 

@@ -77,6 +77,10 @@ class Run:
         compiled = ", compiled" if self.args["compile"] else ""
         code = " and ".join(dict.fromkeys(commits))
         self.made = f"{self.args['precision']}{compiled}, code of {code}"
+        # of beside_jaxued.py: jaxued and its commit; "" of our scripts
+        self.implementation = self.args.get("implementation", "")
+        if self.implementation:
+            self.made = f"{self.implementation}, started by code of {code}"
         # by maze
         rates = {key[7:]: x for key, x in self.last.items() if key.startswith("solved_")}
         self.solved = {maze: x for maze, x in rates.items() if maze not in ("mean", "iqm")}
@@ -90,6 +94,12 @@ class Run:
         if self.kind == "Mazes":
             return float(np.mean([self.solved.get(maze, np.nan) for maze in SEVEN]))
         return self.last["solved_mean"]
+
+    @property
+    def random_mazes(self) -> float:
+        """Solved rate over all the random mazes of --eval-worst."""
+        alphas = self.worst_case["alpha_percent"].tolist()
+        return float(self.worst_case["solved_rate"][alphas.index(100)])
 
     def score_at(self, gradient_updates: float) -> float:
         """The score after so many gradient updates, between two evaluations; not of Procgen."""
@@ -135,6 +145,8 @@ def read_run(run_dir: Path) -> Run:
         if others.get("augment") == "ucb" and args["curriculum"] in UCB_NAMES:
             method = UCB_NAMES[args["curriculum"]]
             del others["augment"]
+        if "implementation" in args:
+            method = f"{args['implementation'].split()[0]}'s {method}"
         names = [f"{key} {x}" for key, x in others.items() if key not in ("precision", "compile")]
         origin = json.loads(read_text(run_dir / "run.json") or "{}")
         progress = read_columns(run_dir / "progress.csv")

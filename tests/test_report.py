@@ -415,6 +415,50 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
     assert "All with num_envs 32. " in text and questions_in(text) == [asked]
 
 
+@pytest.mark.parametrize(
+    "theirs, said",
+    [
+        (0.1, "yes: ours is better"),
+        (0.9, "yes: ours is worse"),
+        (0.55, report.TOO_FEW),  # 0 is inside: not "they are equal"
+    ],
+)
+def test_ours_stands_beside_jaxueds(tmp_path, theirs, said):
+    source = "mazes_robust_plr_60M_seed1_precision=bf16"
+    mark = {"exp_name": "jaxued", "implementation": "jaxued 0f8f128"}
+    for seed, off in ((1, -0.02), (2, 0.0), (3, 0.03)):
+        for name, mean, flags in (("ours", 0.5, {}), ("jaxued", theirs, mark)):
+            solved = {f"solved_{maze}": mean + off for maze in report.SEVEN}
+            copy_run(tmp_path, f"{name}_{seed}", source, solved, seed=seed, **flags)
+    # one curriculum against another only within an implementation
+    copy_run(tmp_path, "dr", "mazes_dr_60M_seed1_precision=bf16", {})
+    text = report.report(tmp_path.iterdir())[0]
+    rows = table_of(text, "question")
+    where = "Mazes, 60M steps, mean of dcd's 7: "
+    beside = f"{where}is our Robust PLR different from jaxued's Robust PLR?"
+    asked = {question for question, _ in rows if question.startswith("Mazes")}
+    assert asked == {beside, f"{where}does Robust PLR beat DR?"}
+    assert [equal for question, equal in rows if question == beside] == ["steps"]
+    runs, difference, interval, published, answer = rows[beside, "steps"]
+    assert (runs, published, answer) == ("3, 3", "–", said)
+    assert float(difference.replace("−", "-")) == pytest.approx(0.5 - theirs)
+    half = 2.776445 * (2 * np.var([-0.02, 0, 0.03], ddof=1) / 3) ** 0.5  # Welch's t, by hand
+    low, high = (float(x) for x in interval.replace("−", "-").strip("[]").split(", "))
+    assert (low, high) == pytest.approx((0.5 - theirs - half, 0.5 - theirs + half), abs=6e-4)
+    assert "jaxued's Robust PLR: jaxued 0f8f128, started by code of" in text
+    args = json.loads((tmp_path / "jaxued_2" / "args.json").read_text())
+    assert collect.default_name(args) == "jaxued_mazes_robust_plr_60M_seed2_precision=bf16"
+
+
+def test_ours_and_jaxueds_with_other_settings_or_lengths_are_not_compared(tmp_path):
+    source = "mazes_robust_plr_60M_seed1_precision=bf16"
+    mark = {"implementation": "jaxued 0f8f128"}
+    copy_run(tmp_path, "ours", source, {})
+    copy_run(tmp_path, "jaxued", source, {}, learning_rate=5e-4, **mark)
+    copy_run(tmp_path, "longer", source, {}, total_timesteps=60_200_000, **mark)
+    assert "different from" not in report.report(tmp_path.iterdir())[0]
+
+
 def test_scores_at_equal_updates_lie_on_the_curve(tmp_path):
     copy_run(tmp_path, "dr", "mazes_dr_60M_seed1_precision=bf16", {})
     path = tmp_path / "dr" / "evaluations.csv"
@@ -499,6 +543,26 @@ def test_the_worst_case_stands_beside_the_published_curves(tmp_path):
     assert dict(lines["NCC-Reg, NCC"].get_xydata())[0.01] == 0.617
     for line in lines.values():  # a larger share of the mazes is never worse
         assert (np.diff(line.get_ydata()) >= 0).all()
+
+
+def test_where_all_runs_have_played_random_mazes_these_are_asked_about_too(tmp_path):
+    rates = {("dr", 1): 0.25, ("dr", 2): 0.75, ("robust_plr", 1): 0.5, ("robust_plr", 2): 0.625}
+    for (curriculum, seed), rate in rates.items():
+        source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
+        copy_run(tmp_path, f"{curriculum}{seed}", source, {}, seed=seed)
+        rows = f"alpha_percent,solved_rate\n10,0.0\n100,{rate}\n"
+        (tmp_path / f"{curriculum}{seed}" / "worst_case.csv").write_text(rows)
+    asked = table_of(report.report(tmp_path.iterdir())[0], "question", 2)
+    question = "Mazes, 60M steps, random mazes: does Robust PLR beat DR?"
+    runs, difference, interval, published, said = asked[question, "steps"]
+    # 0.5625 - 0.5; Welch by hand: variances 0.125 and 0.0078125 of two runs each
+    degrees = (0.0625 + 0.00390625) ** 2 / (0.0625**2 + 0.00390625**2)
+    half = stats.t.ppf(0.975, degrees) * (0.0625 + 0.00390625) ** 0.5
+    assert (runs, difference) == ("2, 2", "+0.062")
+    assert interval == f"[−{half - 0.0625:.3f}, +{half + 0.0625:.3f}]"
+    assert (published, said) == ("–", report.TOO_FEW)
+    (tmp_path / "dr2" / "worst_case.csv").unlink()
+    assert "random mazes" not in report.report(tmp_path.iterdir())[0]
 
 
 def test_a_run_that_goes_on_can_be_shown(tmp_path):
