@@ -251,9 +251,11 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
     return gap(*theirs, *digits)
 
 
-def questions_table(found: Iterable[Section]) -> str:
+def questions_table(found: Iterable[Section], intervals_only: bool = False) -> str:
     head = ["question", "at equal", "runs", "difference", "95 % interval", "published", "answer"]
     rows = [row for section in found for row in questions(section)]
+    if intervals_only:
+        rows = [row for row in rows if row[4] != "–"]
     return markdown([head, *rows]) if rows else ""
 
 
@@ -421,7 +423,8 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
     runs = [read_run(run_dir) for run_dir in sorted(run_dirs)]
     found = sections(runs)
     mazes = [section for section in found if section.kind == "Mazes"]
-    blocks = {"questions": questions_table(found), "mazes": maze_summary(mazes[:1])}  # the longest
+    # the longest of the mazes
+    blocks = {"questions": questions_table(found, True), "mazes": maze_summary(mazes[:1])}
     rates = {curriculum: published_rates(curriculum) for curriculum in SHOWN["Mazes"]}
     pictures = {}
     text = FIRST
