@@ -6,7 +6,8 @@ Not a command of its own, and with jaxued's Python: no package of ours. In this 
   numpy arrays to BLOCK.npz in the folder it runs in, with what was seen of each update;
 - two functions also tell what they are given: LevelSampler.sample_replay_decision, of the buffer
   before each update, and compute_max_returns, of the rollout;
-- optax.adam has a constant learning rate, as our default: the script's falls linearly to 0;
+- optax.adam has a constant learning rate, as our default: the script's falls linearly with the
+  gradient updates;
 - wandb does nothing.
 """
 
