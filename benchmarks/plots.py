@@ -7,13 +7,10 @@ from typing import Any
 
 import matplotlib
 import numpy as np
-from scipy import stats
-
-matplotlib.use("Agg")
-import matplotlib.pyplot as plt
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
+from scipy import stats
 
 BAND = {"lw": 8, "alpha": 0.2}  # in a legend
 MARKS = {"marker": "o", "ms": 4}
@@ -49,10 +46,11 @@ def smoothed(run, key: str, only: np.ndarray | bool = True) -> tuple[np.ndarray,
 
 def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
     looks = {"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True}
-    plt.rcParams.update(looks | {"grid.alpha": 0.25})
+    matplotlib.rcParams.update(looks | {"grid.alpha": 0.25})
     rows = -(-count // columns)
     size = (width * columns, height * rows + 0.5)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    figure = Figure(figsize=size, layout="constrained")  # not pyplot's, which keeps its figures
+    axes = figure.subplots(rows, columns, squeeze=False)
     for axis in axes.flat[count:]:
         axis.remove()
     return figure, list(axes.flat[:count])
@@ -297,7 +295,7 @@ def worst_case(section, published: dict[tuple[str, str], dict[str, Any]]) -> Fig
     for (method, source), row in published.items():
         known = {float(key): x for key, x in row.items() if isinstance(x, float)}
         look = {"ls": ("--", ":")[sources.index(source)], "lw": 1.2}
-        look["color"] = plt.cm.tab20(methods.index(method))
+        look["color"] = matplotlib.colormaps["tab20"](methods.index(method))
         axis.plot(known.keys(), known.values(), label=f"{method}, {source}", **look)
     axis.set(xscale="log", xlabel="alpha %: the worst share of the mazes", ylim=(0, 1.02))
     axis.set(ylabel="share of episodes solved", title=f"{section.title}: the worst mazes")
