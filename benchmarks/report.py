@@ -186,19 +186,21 @@ def to_be_compared(better: Run, baseline: Run) -> bool:
     return alike and curricula[0] == curricula[1] and not better.implementation  # ours first
 
 
-def question(section: Section, measured: str, better: Run, baseline: Run) -> str:
-    """Of two variants, by a run of each. The settings that both have stand once, before it."""
+def question(section: Section, measured: str, better: Run, baseline: Run, brief: bool) -> str:
+    """Of two variants, by a run of each. The settings that both have stand once, before it, or not
+    if it is to be brief."""
     names = better.variant.split(", "), baseline.variant.split(", ")
     shared = [x for x in names[0] if x in names[1]]
     measured = "" if section.title.startswith(measured) else measured
-    where = ", ".join(x for x in (section.title, section.common, *shared, measured) if x)
+    common = () if brief else (section.common, *shared)
+    where = ", ".join(x for x in (section.title, *common, measured) if x)
     a, b = (", ".join(x for x in words if x not in shared) for words in names)
     if better.implementation == baseline.implementation:
         return f"{where}: does {a} beat {b}?"
     return f"{where}: is our {a} different from {b}?"
 
 
-def questions(section: Section) -> list[list[str]]:
+def questions(section: Section, brief: bool = False) -> list[list[str]]:
     """A row for each comparison of two curricula that the finished runs of one length allow, other
     settings equal: at equal steps and, where they differ, at equal gradient updates. And one for
     each curriculum of ours and of another implementation, at equal steps."""
@@ -230,7 +232,7 @@ def questions(section: Section) -> list[list[str]]:
             for (measured, equal), (a, b) in scores.items():
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
                 words = [number(x, digits, "+") for x in interval]
-                row = [question(section, measured, runs[0], others[0]), equal]
+                row = [question(section, measured, runs[0], others[0], brief), equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
                 row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
                 known_here = known and (measured, equal) == (task, "steps")
@@ -251,12 +253,13 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
     return gap(*theirs, *digits)
 
 
-def questions_table(found: Iterable[Section], intervals_only: bool = False) -> str:
+def questions_table(found: Iterable[Section], brief: bool = False) -> str:
+    """Brief: only what has an interval, without the settings and the published numbers."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "published", "answer"]
-    rows = [row for section in found for row in questions(section)]
-    if intervals_only:
-        rows = [row for row in rows if row[4] != "–"]
-    return markdown([head, *rows]) if rows else ""
+    rows = [head, *(row for section in found for row in questions(section, brief))]
+    if brief:
+        rows = [[*row[:5], row[6]] for row in rows if row[4] != "–"]
+    return markdown(rows) if len(rows) > 1 else ""
 
 
 def beside_published(section: Section) -> str:

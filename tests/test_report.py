@@ -390,7 +390,7 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
         for curriculum, score in ("uniform", 20), ("plr", 30):
             starpilot(tmp_path, curriculum, seed, score + seed, num_envs=32, update_epochs=1)
     dirs = list(tmp_path.iterdir())
-    text = report.report(dirs)[0]
+    text, _, blocks = report.report(dirs)
     common = "num_envs 32, update_epochs 1"
     assert f"All with {common}. uniform, PLR: bf16" in text
     names = [name for _, name in table_of(text, "game") if name not in ("curriculum", "---")]
@@ -398,6 +398,11 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
     assert all(row[-1] == "–" for (_, name), row in table_of(text, "game").items() if name in names)
     asked = f"Procgen, 25M steps, {common}, starpilot: does PLR beat uniform?"
     assert questions_in(text) == [asked]
+    asked_briefly = "Procgen, 25M steps, starpilot: does PLR beat uniform?"
+    row = table_of(blocks["questions"], "question")[asked_briefly, "steps"]
+    # 4.3027, of 2 degrees of freedom, times the root of 0.5 / 2 + 0.5 / 2
+    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "yes"]
+    assert report.report(dirs[1:])[2]["questions"] == ""  # a single run has no interval
     # with another run the first is all runs' setting, the second that of the two that are compared
     starpilot(tmp_path / "other", "uniform", 1, 20.0, num_envs=32)
     text = report.report([*dirs, tmp_path / "other" / "uniform1"])[0]
