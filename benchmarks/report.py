@@ -368,6 +368,44 @@ def maze_summary(found: list[Section]) -> str:
     return text + markdown(rows)
 
 
+# what a curriculum replays, by column of progress.csv: title, digits
+OF_REPLAYS = {
+    "replay": ("share of rollouts", 2),
+    "solved_rate": ("episodes solved", 2),
+    "walls_replayed": ("blocks", 1),
+    "shortest_path_replayed": ("shortest path", 1),
+    "effective_levels": ("effective levels, exp(entropy)", 1),
+    "score_mean": ("mean score of the buffer", 3),
+    "staleness_mean": ("mean staleness", 0),
+}
+
+
+def late_mean(run: Run, column: str) -> float:
+    """Over the iterations in the last quarter of the run, for the solved rate the replayed ones."""
+    late = run.progress["global_step"] > 0.75 * run.progress["global_step"][-1]
+    values = run.progress.get(column, np.full(len(late), np.nan))[late]
+    if column == "solved_rate":
+        values = values[run.progress["replay"][late] == 1]
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if values.size else np.nan
+
+
+def replays_table(section: Section) -> str:
+    """What the curricula of one length replay, and their buffers; mean and standard error over
+    the runs."""
+    rows = [
+        ["replayed levels, last quarter of the run", *(title for title, _ in OF_REPLAYS.values())]
+    ]
+    for name, runs in section.evaluated.items():
+        if any(run.progress["replay"].any() for run in runs):
+            row = [name]
+            for column, (_, digits) in OF_REPLAYS.items():
+                found = sample(late_mean(run, column) for run in runs)
+                row.append(plus_minus(found.mean, found.std / found.n**0.5, digits))
+            rows.append(row)
+    return markdown(rows) if rows[1:] else ""
+
+
 # ---- the report ----------------------------------------------------------------------------------
 
 FIRST = """\
@@ -445,6 +483,7 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
             if any(run.worst_case for run in section.runs):
                 drawn["_worst_case"] = plots.worst_case(section, WORST_CASE)
             tables.insert(1, maze_summary([section]).removeprefix(section.shortcomings()))
+            tables.append(replays_table(section))
             drawn["_complexity"] = plots.complexity(section)
             drawn["_score_correlations"] = plots.score_correlations(section)
         made: dict[str, list[str]] = defaultdict(list)
