@@ -1,7 +1,9 @@
 """jaxued's maze_plr.py with our settings, as a run that collect.py and report.py read like ours.
 
     python benchmarks/beside_jaxued.py PATH/jaxued --python PATH/jax/bin/python --curriculum dr
-        --total-timesteps 5e6 --seed 1 --run-dir runs/jaxued_dr_1    # peers.py: how to install both
+        --total-timesteps 5e6 --seed 1 --run-dir runs/jaxued_dr_1 --commit 0f8f128
+
+How to install both is in peers.py.
 
 The script itself is not changed: jaxued_process.py runs it, and says what is substituted around it.
 What its flags set is set to the defaults of our Args, or to the flags below. DR is the same script
@@ -43,6 +45,7 @@ class Args:
     jaxued: Annotated[Path, tyro.conf.Positional]  # its source tree
     python: Path  # the Python that has its packages
     run_dir: Path  # a new folder for the run
+    commit: str  # of jaxued's tree, for the record: it may be no checkout
     curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
     total_timesteps: float = 5e6  # environment steps, in full updates: a multiple of BLOCK
     seed: int = 1
@@ -52,7 +55,6 @@ class Args:
     buffer_size: int = ours.Args.buffer_size
     eval_episodes: int = ours.Args.eval_episodes  # in each maze
     eval_worst: int = 0  # at the end, as our script's
-    commit: str = "0f8f128"  # of jaxued's tree
 
 
 class JaxuedAgent(nn.Module):

@@ -164,7 +164,7 @@ def test_the_rows_of_a_block_by_hand():
 def test_a_block_becomes_the_rows_of_a_run(tmp_path, monkeypatch):
     sizes = {"num_envs": 2, "num_steps": 4, "total_timesteps": 32, "buffer_size": 3}
     settings = ours.Args(**sizes, update_epochs=5, num_minibatches=2)
-    args = beside_jaxued.Args(tmp_path, tmp_path, tmp_path, "robust_plr", seed=3)
+    args = beside_jaxued.Args(tmp_path, tmp_path, tmp_path, "0f8f128", "robust_plr", seed=3)
     shapes = {"Conv_0/kernel": (3, 3, 3, 16), "Conv_0/bias": (16,)}
     shapes |= {"scalar_embed/kernel": (4, 5), "scalar_embed/bias": (5,)}
     for gate in "ifgo":
@@ -206,7 +206,9 @@ def test_a_block_becomes_the_rows_of_a_run(tmp_path, monkeypatch):
 )
 def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, flags, named):
     where = f"{tmp_path} --python python --run-dir {tmp_path}/run"
-    monkeypatch.setattr(sys, "argv", ["beside_jaxued.py", *where.split(), *flags.split()])
+    monkeypatch.setattr(
+        sys, "argv", ["beside_jaxued.py", *where.split(), *flags.split(), "--commit", "1"]
+    )
     with pytest.raises(SystemExit) as stop:
         beside_jaxued.main()
     assert stop.value.code == 2 and named in capsys.readouterr().err
