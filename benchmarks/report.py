@@ -463,9 +463,7 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
     """REPORT.md, its pictures by name, and the tables of README.md by name."""
     runs = [read_run(run_dir) for run_dir in sorted(run_dirs)]
     found = sections(runs)
-    mazes = [section for section in found if section.kind == "Mazes"]
-    # the longest of the mazes
-    blocks = {"questions": questions_table(found, True), "mazes": maze_summary(mazes[:1])}
+    blocks = {"questions": questions_table(found, brief=True)}
     rates = {curriculum: published_rates(curriculum) for curriculum in SHOWN["Mazes"]}
     pictures = {}
     text = FIRST
