@@ -47,6 +47,7 @@ import traceback
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field, fields, replace
 from hashlib import sha256
 from pathlib import Path
@@ -1557,7 +1558,11 @@ def add_frame(film: list[Image.Image] | None, envs: gym.vector.VectorEnv) -> Non
 
 
 def acting(
-    agent: Agent, envs: gym.vector.VectorEnv, next_obs: Obs, state: Tensor
+    agent: Agent,
+    envs: gym.vector.VectorEnv,
+    next_obs: Obs,
+    state: Tensor,
+    generator: torch.Generator | None = None,
 ) -> Callable[[], Tensor]:
     """A function that takes a step of the stochastic policy and of N environments: next_obs and
     state (2, N, 256) are overwritten; reward and done, (2, N) float32, are what it returns, until
@@ -1566,7 +1571,9 @@ def acting(
     outcome = state.new_zeros((2, envs.num_envs))
 
     def act_and_step() -> Tensor:
-        action, _, _, next_state = agent.act(next_obs, state, noise.exponential_())
+        action, _, _, next_state = agent.act(
+            next_obs, state, noise.exponential_(generator=generator)
+        )
         obs, reward, terminations, truncations, _ = envs.step(action)
         overwrite(next_obs, obs)
         state.copy_(torch.stack(next_state))
@@ -1684,7 +1691,12 @@ def solvable_levels(n: int, size: int, num_walls: int) -> np.ndarray:
     return np.concatenate(found)[:n]
 
 
-def play_levels(agent: Agent, envs: gym.vector.VectorEnv, levels: np.ndarray) -> np.ndarray:
+def play_levels(
+    agent: Agent,
+    envs: gym.vector.VectorEnv,
+    levels: np.ndarray,
+    generator: torch.Generator | None = None,
+) -> np.ndarray:
     """Plays an episode of each of levels (n,), in their order: a finished environment gets the next
     one. Returns (n,) float64."""
     returns = np.zeros(len(levels))
@@ -1692,7 +1704,7 @@ def play_levels(agent: Agent, envs: gym.vector.VectorEnv, levels: np.ndarray) ->
     begun = envs.num_envs
     next_obs, _ = envs.reset(seed=levels[episode % len(levels)].tolist())
     state = torch.zeros((2, envs.num_envs, 256), device=next_obs["direction"].device)
-    act_and_step = acting(agent, envs, next_obs, state)
+    act_and_step = acting(agent, envs, next_obs, state, generator)
     playing = episode < len(levels)
     while playing.any():
         reward, done = act_and_step().cpu().numpy()
@@ -1742,15 +1754,30 @@ def evaluate_worst(
         return
     options = {"size": 15, "num_walls": 60}
     levels = solvable_levels(args.eval_worst, **options)
-    episodes = levels.repeat(2 * WORST_EPISODES)
+    episodes = levels.repeat(WORST_EPISODES)
+    on_cpu = device.type == "cpu"
     # what stays in a core's cache, or fills a GPU
-    num_envs = min(256 if device.type == "cpu" else 4096, len(episodes))
-    graphs = args.cuda_graphs and device.type == "cuda"
-    envs = MazeEnvs(num_envs, device, cuda_graphs=graphs, compass=args.compass, **options)
+    num_envs = min(256 if on_cpu else 4096, len(episodes))
+    graphs = args.cuda_graphs and not on_cpu
+    options |= {"cuda_graphs": graphs, "compass": args.compass}
+
+    def play_set(number: int) -> np.ndarray:
+        """(mazes, WORST_EPISODES) bool: solved or not."""
+        generator = None  # a GPU's CUDA graphs know its default one only
+        if on_cpu:
+            seed = np.random.default_rng([args.seed, 2, number]).integers(2**62)
+            generator = torch.Generator().manual_seed(int(seed))
+        envs = MazeEnvs(num_envs, device, **options)
+        returns = play_levels(agent, envs, episodes, generator)
+        return returns.reshape(-1, WORST_EPISODES) > 0
+
     began = time.time()
-    with own_random_stream(args, device):
-        solved = play_levels(agent, envs, episodes) > 0
-    first, second = solved.reshape(-1, 2, WORST_EPISODES).swapaxes(0, 1)
+    threads = torch.get_num_threads()
+    at_once = min(2, threads) if on_cpu else 1
+    torch.set_num_threads(threads // at_once)  # faster than one set after the other on all of them
+    with own_random_stream(args, device), ThreadPoolExecutor(at_once) as pool:
+        first, second = pool.map(play_set, (1, 2))
+    torch.set_num_threads(threads)
     rows = worst_cases(first, second)
     path = directory / "worst_case.csv"
     path.unlink(missing_ok=True)

@@ -333,11 +333,11 @@ def test_augmented_runs_differ_resume_and_log_what_they_do(monkeypatch, tmp_path
     prints = set()
     for augment in ("none", "crop", "ucb"):
         run_dir = tmp_path / augment
-        main(monkeypatch, f"{TINY} --augment {augment} --run-dir {run_dir}")
+        main(monkeypatch, f"{TINY} --total-timesteps 288 --augment {augment} --run-dir {run_dir}")
         prints.add(result_of(run_dir)["fingerprint"])
     assert len(prints) == 3
     main(monkeypatch, f"{TINY} --augment ucb --total-timesteps 192 --run-dir {tmp_path}/resumed")
-    main(monkeypatch, f"--resume {tmp_path}/resumed --total-timesteps 384")
+    main(monkeypatch, f"--resume {tmp_path}/resumed --total-timesteps 288")
     support.assert_same_rows(tmp_path / "resumed/progress.csv", tmp_path / "ucb/progress.csv")
     assert (
         result_of(tmp_path / "resumed")["fingerprint"] == result_of(tmp_path / "ucb")["fingerprint"]

@@ -122,6 +122,11 @@ def test_a_policy_whose_success_is_known_has_the_known_rates(monkeypatch, tmp_pa
     written = (tmp_path / "worst_case.csv").read_bytes()
     script.evaluate_worst(agent, args, CPU, tmp_path, 77)
     assert (tmp_path / "worst_case.csv").read_bytes() == written
+    # and the same with both sets at once
+    torch.set_num_threads(2)
+    script.evaluate_worst(agent, args, CPU, tmp_path, 77)
+    assert (tmp_path / "worst_case.csv").read_bytes() == written and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
     script.evaluate_worst(agent, script.Args(eval_worst=900, seed=2), CPU, tmp_path, 77)
     assert (tmp_path / "worst_case.csv").read_bytes() != written
 
