@@ -19,6 +19,26 @@ def pytest_addoption(parser):
     parser.addoption("--device", choices=devices, default="cpu", help=what)
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """A process more than cores: many tests wait for a process of their own."""
+    return len(os.sched_getaffinity(0)) + 1
+
+
+def pytest_collection_modifyitems(items):
+    """Slow are whole runs of Procgen in processes of their own, of both scripts those that
+    everything watches, and the loops of others."""
+    for item in items:
+        params = item.callspec.params if hasattr(item, "callspec") else {}
+        script = params.get("script", getattr(item.module, "script", None))
+        procgen = getattr(script, "__name__", script) == "ppo_plr_procgen"
+        starts = {"finished_run", "brief_run"} & set(item.fixturenames)
+        starts |= {"Process", "run"} & set(item.function.__code__.co_names)
+        watched = "watched_run" in item.fixturenames
+        if watched or (procgen and starts) or "integrations" in item.path.parts:
+            item.add_marker("slow")
+
+
 @pytest.fixture(params=["ppo_plr_procgen", "ppo_robust_plr_minigrid"])
 def script(request):
     """Each of the two scripts, as a module."""

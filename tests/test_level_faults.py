@@ -52,6 +52,7 @@ def resident_bytes():
     return pages * os.sysconf("SC_PAGE_SIZE")
 
 
+@pytest.mark.slow
 @needs_procgen
 def test_new_levels_take_no_memory():
     """A new game for each, as before, took 10.7 KB: 32 MB."""
@@ -240,6 +241,7 @@ def test_an_option_is_another_picture_of_the_same_game(name):
                     x.reset(seed=20, options={"reset_mask": ends})
 
 
+@pytest.mark.slow
 @needs_procgen
 def test_options_reach_training_and_evaluation_and_stay_the_runs(monkeypatch, tmp_path, capsys):
     made = []
@@ -531,7 +533,10 @@ def test_pictures_of_levels_have_a_caption_that_fits(env_id, width):
 
 
 @pytest.mark.parametrize("source", ["starpilot_plr_2M_seed1", "mazes_dr_60M_seed1_precision=bf16"])
-@pytest.mark.parametrize("log", ["no log", "a header", "an empty file"])
+@pytest.mark.parametrize(
+    "log",
+    ["no log", *(pytest.param(x, marks=pytest.mark.slow) for x in ("a header", "an empty file"))],
+)
 def test_a_run_without_an_evaluation_stands_in_a_report(source, log, monkeypatch, tmp_path):
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     report = pytest.importorskip("report")

@@ -125,10 +125,11 @@ def play_alone(env_id, actions_of=None):
 
 
 def play_together(env_id, workers):
-    """Every level in each of ENVS places, in changing company."""
-    envs, tracks = make(env_id, ENVS, workers), []
+    """Every level in each of ENVS places, or of 2 workers, in changing company."""
+    num_envs = 2 if workers else ENVS
+    envs, tracks = make(env_id, num_envs, workers), []
     for k in range(len(LEVELS)):
-        tracks.append(play(envs, [LEVELS[(k + 3 * i) % len(LEVELS)] for i in range(ENVS)]))
+        tracks.append(play(envs, [LEVELS[(k + 3 * i) % len(LEVELS)] for i in range(num_envs)]))
     envs.close()
     return tracks
 

@@ -118,9 +118,9 @@ def assert_same_as_package(
     "vary, num_walls", [pytest.param(False, 25, marks=pytest.mark.slow), (True, 60)]
 )
 def test_random_mazes_equal_the_package(vary, num_walls):
-    mazes = script.random_mazes(np.arange(100), 15, num_walls, vary)
-    envs = script.MazeEnvs(100, CPU, 15, 250)
-    assert assert_same_as_package(mazes, envs, 300, seed=0) > 20
+    mazes = script.random_mazes(np.arange(60), 15, num_walls, vary)
+    envs = script.MazeEnvs(60, CPU, 15, 250)
+    assert assert_same_as_package(mazes, envs, 300, seed=0) > 10
 
 
 def join(mazes):

@@ -150,7 +150,10 @@ def test_the_gymnasium_interface_of_procgen_levels():
     envs.close()
 
 
-@pytest.mark.parametrize("curriculum", ["plr", "uniform", "sequential"])
+@pytest.mark.parametrize(
+    "curriculum",
+    ["plr", *(pytest.param(x, marks=pytest.mark.slow) for x in ("uniform", "sequential"))],
+)
 def test_observed_levels_are_the_samplers_assignments(curriculum, monkeypatch, tmp_path):
     observed = []
 
@@ -471,6 +474,7 @@ class Bandit(Corridor):
         )
 
 
+@pytest.mark.slow
 def test_it_learns_on_another_environment(monkeypatch, tmp_path):
     monkeypatch.setattr(script, "make_envs", lambda args, num_envs, device: Bandit(num_envs))
     flags = "--num-envs 8 --num-steps 32 --total-timesteps 2560 --num-minibatches 2"

@@ -46,6 +46,8 @@ CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in OTHERS]
 CURRICULA += [pytest.param(ppo_plr_procgen, x, **SLOW) for x in ("sequential",)]
 CURRICULA += [pytest.param(ppo_robust_plr_minigrid, x, **SLOW) for x in ("dr", "accel")]
 EVALUATED = "--eval-interval 2 --checkpoint-interval 0"
+# of what is the same text in both scripts, the one that starts sooner
+ONE = pytest.mark.parametrize("script", [ppo_robust_plr_minigrid])
 
 
 def is_as_large(path: Path, size: float) -> bool:
@@ -100,6 +102,7 @@ def test_killed_and_resumed_as_a_user_does_it(script, finished_run, tmp_path):
 
 
 @pytest.mark.slow
+@ONE
 def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(
     script, brief_run, monkeypatch, tmp_path
 ):
@@ -118,6 +121,7 @@ def test_killed_twice_in_its_first_iteration_a_run_resumes_to_the_same_end(
 
 
 @pytest.mark.slow
+@ONE
 def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(
     script, brief_run, tmp_path
 ):
@@ -147,7 +151,13 @@ def test_killed_at_any_moment_again_and_again_a_run_resumes_to_the_same_end(
 
 
 @pytest.mark.parametrize(
-    "name, status", [("SIGTERM", 0), pytest.param("SIGUSR1", 0, **SLOW), ("SIGINT", 130)]
+    "script, name, status",
+    [
+        (ppo_robust_plr_minigrid, "SIGTERM", 0),
+        (ppo_robust_plr_minigrid, "SIGINT", 130),
+        pytest.param(ppo_robust_plr_minigrid, "SIGUSR1", 0, **SLOW),
+        (ppo_plr_procgen, "SIGTERM", 0),
+    ],
 )
 def test_a_signal_ends_a_run_after_its_iteration(
     name, status, script, brief_run, monkeypatch, tmp_path
@@ -176,6 +186,7 @@ s.LevelSampler.update = signalled""",
     assert_same_run(run_dir, brief_run(script, EVALUATED))
 
 
+@ONE
 def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(
     script, brief_run, monkeypatch, tmp_path
 ):
@@ -198,6 +209,7 @@ def test_a_run_killed_just_before_its_result_writes_that(script, brief_run, monk
     assert result_of(tmp_path / "run")["evaluation"] == result_of(brief_run(script))["evaluation"]
 
 
+@pytest.mark.slow
 def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(
     monkeypatch, tmp_path
 ):
@@ -274,6 +286,7 @@ def assert_stopped(done: subprocess.CompletedProcess, run_dir: Path, *expected: 
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
 
 
+@ONE
 @pytest.mark.parametrize("kind", ["file size limit", pytest.param("tmpfs", **SLOW)])
 def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
     kind, script, brief_run, monkeypatch, tmp_path
@@ -305,6 +318,7 @@ def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
     assert_same_run(tmp_path / "run", brief_run(script))
 
 
+@ONE
 def test_a_deleted_run_directory_is_named(script, tmp_path):
     run_dir = tmp_path / "run"
     prelude = f"""
@@ -319,7 +333,14 @@ s.LevelSampler.update = renamed"""
     assert_stopped(done, run_dir, "FileNotFoundError", str(run_dir))
 
 
-@pytest.mark.parametrize("cause", ["a learning rate of 1e30", "a reward that is not a number"])
+@pytest.mark.parametrize(
+    "script, cause",
+    [
+        (ppo_robust_plr_minigrid, "a learning rate of 1e30"),
+        (ppo_robust_plr_minigrid, "a reward that is not a number"),
+        (ppo_plr_procgen, "a reward that is not a number"),
+    ],
+)
 def test_a_loss_that_is_not_finite_ends_the_run_with_what_led_there(cause, script, tmp_path):
     flags, prelude = f"{TINY[script.__name__]} --checkpoint-interval 1 --run-dir {tmp_path}/run", ""
     if script is ppo_robust_plr_minigrid:
@@ -346,6 +367,7 @@ s.{envs}.step = poisoned"""
     assert all(x.isfinite().all() for x in checkpoint["agent"].values())
 
 
+@pytest.mark.slow
 def test_a_procgen_that_dies_loses_nothing(brief_run, monkeypatch, tmp_path):
     """Procgen ends its process at once: here by a state that it cannot read, in the second
     iteration."""

@@ -686,7 +686,7 @@ def test_a_six_step_episode_by_hand():  # (R4)
     st.floats(0.05, 1),
     st.lists(st.integers(1, 39), max_size=3),
 )
-@settings(repeatable, max_examples=40)
+@settings(repeatable, max_examples=20)
 def test_step_by_step_equals_the_whole_rollout(score, seed, steps, envs, end, saves):  # (R5, R13)
     """Also when the sampler goes through a checkpoint in the middle of episodes, as between rollouts of any length."""
     rng = np.random.default_rng(seed)
@@ -798,7 +798,7 @@ def test_dropped_new_levels_are_forgotten():  # (R11) for those who report finis
 def test_ledger_balances_at_every_step(kind, drop, envs):  # (R1, R2)
     s = make(kind, envs=envs, level_space=10**6)
     loop = Loop(s, end=0.6, drop=drop)
-    while loop.completed < 12_500:  # 1e5 over the eight cases
+    while loop.completed < 4_000:
         loop.step()
         got = [s.counts[name] for name in ("started", "completed", "dropped")]
         assert balanced(s) and got == [len(loop.draws), loop.completed, loop.dropped]
@@ -1048,12 +1048,12 @@ def test_a_new_level_with_a_score_of_0_or_less_enters(
 def test_memory_is_bounded_and_ids_are_unique(kind):  # (R11)
     s = make(kind, envs=4, nu=0.9)
     loop = Loop(s, steps=4, end=0.5, drop=0.2)
-    for _ in range(1500):
+    for _ in range(600):
         loop.rollout()
         kept = s.levels[s.levels >= 0]
         assert len(s._candidates) <= 4 and not set(kept.tolist()) & set(s._candidates)
         assert len(np.unique(kept)) == len(kept)
-    assert s.counts["new"] > 6000 and s.counts["evicted"] > 100
+    assert s.counts["new"] > 2400 and s.counts["evicted"] > 40
 
 
 def test_a_new_level_in_play_may_be_dealt_again():  # a small level space would leave none, and a loop without end

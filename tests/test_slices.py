@@ -119,6 +119,7 @@ def test_three_runs_at_once_stop_with_checkpoints_before_the_minutes_are_over(
 # ---- --pack and --unpack -------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_a_run_packed_in_the_middle_and_unpacked_elsewhere_ends_as_the_uninterrupted_one(
     script, brief_run, packs, monkeypatch, tmp_path

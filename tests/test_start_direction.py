@@ -109,6 +109,7 @@ def test_environments_are_made_with_the_keys_of_this_process(monkeypatch):
     assert script.make_envs(script.Args(num_envs=8), 8, CPU).direction_keys is None
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_a_run_that_redraws_resumes_to_the_same_end(brief_run, monkeypatch, tmp_path):
     whole = brief_run(script, REDRAW)
@@ -161,7 +162,10 @@ def test_there_is_none_in_training_and_in_no_evaluation(env_id):
         assert (envs.step(left)[0]["direction"] == 0).all()
 
 
-@pytest.mark.parametrize("more", ["", "--env-id MiniGrid-LavaGapS5-v0 --num-steps 104"])
+@pytest.mark.parametrize(
+    "more",
+    ["", pytest.param("--env-id MiniGrid-LavaGapS5-v0 --num-steps 104", marks=pytest.mark.slow)],
+)
 def test_a_run_without_a_compass_learns_nothing_of_directions(more, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
     flags = "--num-envs 4 --buffer-size 12 --curriculum plr --total-timesteps 832"

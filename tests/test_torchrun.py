@@ -138,7 +138,10 @@ def played(shared):
     return played
 
 
-@pytest.mark.parametrize("processes", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "script, processes",
+    [(ppo_plr_procgen, 2), (ppo_robust_plr_minigrid, 2), (ppo_robust_plr_minigrid, 4)],
+)
 def test_several_processes_play_the_run_of_one(processes, script, played, finished_run):
     """The same levels in the same order, on every rank; parameters that differ by rounding; a
     ledger that balances."""
@@ -234,7 +237,7 @@ def test_start_directions_that_are_drawn_anew_are_those_of_one_process(
     assert_same_run_but_for_rounding(tmp_path / "half", brief_run(script, "--redraw-direction"))
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("script", [ppo_robust_plr_minigrid])
 def test_bad_input_is_refused_once(script, tmp_path):
     done = torchrun(2, script, "--num-envs 3", tmp_path)
     expected = "error: --num-envs 3 must be a multiple of torchrun's 2 processes.\n"
