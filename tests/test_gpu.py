@@ -206,6 +206,22 @@ def test_a_recorded_run_equals_the_plain_one(precision, script, trainer):
     assert_same_run(recorded, plain)
 
 
+@pytest.mark.parametrize(
+    "script, flags",
+    [
+        pytest.param(ppo_plr_procgen, "--augment ucb", marks=needs_procgen, id="ucb"),
+        pytest.param(ppo_robust_plr_minigrid, "--curriculum accel", id="accel"),
+    ],
+)
+def test_what_is_launched_beside_the_graphs_is_the_same(script, flags, trainer):
+    recorded = trainer.once(script, 6, f"--precision fp32 {flags}")
+    plain = trainer.train(script, 6, f"--precision fp32 {flags} --no-cuda-graphs")
+    assert rows_with_updates(recorded)
+    assert_same_run(recorded, plain)
+    usual = trainer.once(script, 6, "--precision fp32")
+    assert result_of(usual)["fingerprint"] != result_of(recorded)["fingerprint"]
+
+
 def test_the_same_command_twice_is_the_same_run(script, trainer):
     again = trainer.train(script, 6, "--precision fp32")
     assert_same_run(again, trainer.once(script, 6, "--precision fp32"))
@@ -255,9 +271,11 @@ def test_a_checkpoint_goes_on_on_the_other_device(first, script, trainer, monkey
 ALL = "--target-kl 0.001 --anneal-lr --profile"
 PROCGEN_PATHS = [f"--score {name}" for name in ppo_plr_procgen.SCORES]
 PROCGEN_PATHS += ["--curriculum uniform", "--curriculum sequential", "--stitch-episodes", ALL]
+PROCGEN_PATHS += ["--encoder impoola", "--augment crop --precision bf16"]
 MAZES_PATHS = [f"--score {name}" for name in ppo_robust_plr_minigrid.SCORES]
 MAZES_PATHS += ["--curriculum plr", "--curriculum dr", "--precision tf32", ALL]
 MAZES_PATHS += ["--bootstrap-timeouts", "--bootstrap-timeouts --score positive_value_loss"]
+MAZES_PATHS += ["--curriculum accel --num-walls 0", "--redraw-direction", "--no-compass"]
 
 
 def cases():
@@ -270,13 +288,14 @@ def cases():
 @pytest.mark.parametrize("script, flags", list(cases()))
 def test_every_score_and_curriculum_runs(script, flags, trainer):
     replays = "--num-levels 8" if script is ppo_plr_procgen else "--rho 0.2 --replay-prob 1"
+    iterations = 5 if "accel" in flags else 3  # nothing is learned on the children
     if "--curriculum dr" in flags:
         maze = "--num-envs 16 --num-steps 64 --max-steps 60 --maze-size 9 --num-walls 15"
-        run_dir = trainer.train(script, 3, flags=f"{maze} {flags}")
+        run_dir = trainer.train(script, iterations, flags=f"{maze} {flags}")
     else:
-        run_dir = trainer.train(script, 3, f"{replays} {flags}")
+        run_dir = trainer.train(script, iterations, f"{replays} {flags}")
     learned = rows_with_updates(run_dir)
-    assert len(rows(run_dir / "progress.csv")) == 3
+    assert len(rows(run_dir / "progress.csv")) == iterations
     assert len(learned) >= 2
     for row in learned:
         for name in script.LOSSES:
@@ -329,6 +348,32 @@ def test_mazes_step_alike_on_both_devices(graphs, device):
         levels = rng.integers(1000, size=32)
         reset = {"seed": levels.tolist(), "options": {"reset_mask": done}}
     assert episodes > 32 * 4
+
+
+class DrawnOnCPU(ppo_plr_procgen.Draws):
+    def uniform(self, *args):
+        return super().uniform(*args).to(self.images_device)
+
+    def integers(self, *args):
+        return super().integers(*args).to(self.images_device)
+
+    def normal(self, *args):
+        return super().normal(*args).to(self.images_device)
+
+
+@pytest.mark.parametrize("name", ppo_plr_procgen.AUGMENTATIONS)
+def test_augmentations_are_alike_on_both_devices(name, device):
+    x = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (9, 64, 64, 3), np.uint8))
+    found = []
+    for images in (x, x.to(device)):
+        torch.manual_seed(1)
+        draws = DrawnOnCPU(len(x), slice(None), torch.device("cpu"))
+        draws.images_device = images.device
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            augmented = ppo_plr_procgen.AUGMENTATIONS[name](images, draws)
+        found.append(augmented.float().cpu())
+    assert not torch.equal(found[0], x.float())
+    torch.testing.assert_close(found[1], found[0], rtol=0, atol=1e-2)  # of 255
 
 
 @needs_procgen
