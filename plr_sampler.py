@@ -278,14 +278,14 @@ class LevelSampler:
         self._returns = np.full((size, self.returns_kept), np.nan)
         self.playing = np.full(self.num_envs, -1, np.int64)
         kinds = (
-            "started",
+            "started",  # episodes
             "completed",
-            "dropped",
-            "replayed",
-            "new",
-            "evicted",
-            "rejected",
-            "late",
+            "dropped",  # cut off by `drop`: never scored
+            "replayed",  # levels drawn for replay
+            "new",  # and others
+            "evicted",  # levels that made room in the buffer
+            "rejected",  # that found none, as every level there was worth more
+            "late",  # scores of levels that had been evicted or rejected meanwhile
         )
         self.counts = dict.fromkeys(kinds, 0)
         # Staleness is the number of draws since a level's own: the clock now minus the clock then.
@@ -686,7 +686,7 @@ class LevelSampler:
     # ---- state -----------------------------------------------------------------------------------
 
     def metrics(self) -> dict[str, float]:
-        """What a curriculum plot needs: scalars. effective_levels is exp(entropy of P_replay)."""
+        """What a curriculum plot needs: scalars; the last six are `counts` since the start."""
         p = self.weights()[self.seen]
         scores = self.scores[self.seen]
         staleness = self.staleness()[self.seen]
@@ -694,12 +694,16 @@ class LevelSampler:
         drawn = self.counts["replayed"] + self.counts["new"]
         return {
             "seen_share": self.num_seen / max(len(self.levels), 1),
+            # over how many levels replay is spread: exp(entropy of P_replay)
             "effective_levels": float(np.exp(entropy)) if self.num_seen else 0.0,
+            # of the levels seen; staleness in draws
             "score_mean": float(scores.sum() / max(self.num_seen, 1)),
             "score_max": float(scores.max()) if self.num_seen else 0.0,
             "staleness_mean": float(staleness.sum() / max(self.num_seen, 1)),
             "staleness_max": int(staleness.max(initial=0)),
+            # of all draws so far
             "replay_share": self.counts["replayed"] / max(drawn, 1),
+            # episodes now: started = completed + dropped + in_progress
             "in_progress": int((self.playing >= 0).sum()),
             "started": self.counts["started"],
             "completed": self.counts["completed"],

@@ -54,6 +54,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 import tyro
+from gymnasium.vector.utils import create_empty_array
 from PIL import Image
 from torch import Tensor, nn, optim
 from torch.distributions.categorical import Categorical
@@ -364,8 +365,7 @@ def train(args: Args, run: "Run") -> None:
     episodes = EpisodeStatistics(N, args.reward_norm_gamma)
 
     # ---- storage on the device: this process's environments ----
-    empty_obs = gym.vector.utils.create_empty_array(envs.single_observation_space, n)
-    next_obs = torch.from_numpy(empty_obs).to(device)
+    next_obs = torch.from_numpy(create_empty_array(envs.single_observation_space, n)).to(device)
     obs = next_obs.new_zeros((T, *next_obs.shape))  # of the same dtype
     actions = torch.zeros((T, n), dtype=torch.int64, device=device)
     logprobs = torch.zeros((T, n), device=device)
@@ -448,6 +448,7 @@ def train(args: Args, run: "Run") -> None:
             if next_done.any():  # PLR, Algorithm 1: sample the next levels
                 phase("sampler")
                 next_levels = sampler.next_levels(next_done)
+            if next_done[own].any():
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
                 observation, _ = envs.reset(seed=next_levels[own].tolist(), options=options)
@@ -1243,12 +1244,14 @@ def check_args(args: Args) -> None:
         require(args, ["start_level"], lambda x: x == 0, all_levels)
         baselines = "uniform or sequential with --num-levels 0: plr needs a fixed set"
         require(args, ["curriculum"], lambda x: x != "plr", baselines)
+        of_scores = ["score", "score_transform", "temperature", "staleness_coef", "alpha"]
+        require_default(args, [*of_scores, "stitch_episodes"], "a fixed set, --num-levels above 0")
     if args.curriculum != "plr":
         for_plr = "--curriculum plr"
         require_default(args, ["rho", "nu", "replay_schedule"], for_plr)
     elif args.replay_schedule != "fixed":
         require_default(args, ["nu"], "--replay-schedule fixed")
-    if args.curriculum == "plr" and args.score in ("gae", "max_mc"):
+    if args.score in ("gae", "max_mc"):
         another = f"another: --score {args.score} can be negative"
         require(args, ["score_transform"], lambda x: x != "power", another)
 
@@ -2062,6 +2065,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
     if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
+    if args.evaluate and WORLD > 1:
+        refuse(f"--evaluate {args.evaluate} must be without torchrun: one process plays it all.")
     if args.evaluate:
         return load_run("evaluate", Path(args.evaluate))
     if args.resume:
@@ -2141,7 +2146,9 @@ def main() -> None:
     threading.excepthook = lambda _: None
     with claimed_run_dir(args) as directory:
         try:
-            train(args, Run(args, directory, checkpoint))
+            run = Run(args, directory, checkpoint)
+            directory = run.dir  # process 0 has chosen it
+            train(args, run)
         except Exception as error:  # a full disk, a dead environment, a loss that is not finite
             with contextlib.suppress(OSError):
                 (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())

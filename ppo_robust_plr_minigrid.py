@@ -18,7 +18,7 @@ To train on another environment, read Args, Agent, train() and make_envs(); what
 banner "machinery" can stay as it is. A rollout starts fresh episodes, all on replayed levels or
 all on new ones. Its end and a time limit count 0 from there on, as in dcd, and an episode that is
 cut off is not scored. With --bootstrap-timeouts the critic's value counts at both, and the cut
-episode is scored too (not by max_mc, which needs whole ones).
+episode is scored too (not by max_mc, learnability and regret, which need whole ones).
 """
 
 import signal
@@ -497,6 +497,7 @@ def train(args: Args, run: "Run") -> None:
                 # d = 0: the same level again. d = 1: another one (after the last step too, as dcd)
                 again = None if replay else next_levels
                 next_levels = sampler.next_levels(next_done, replay, again)
+            if next_done[own].any():
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
                 overwrite(next_obs, envs.reset(seed=next_levels[own].tolist(), options=options)[0])
@@ -612,7 +613,7 @@ def negative_advantages(
         g = torch.addcmul(before, in_episode[rest], delta[n:], value=args.gamma**n).clamp_(max=0)
         mixed[rest].add_(g - before, alpha=args.gae_lambda**n)
         in_episode = in_episode[rest] * goes_on[n:]
-    return -mixed.cpu().numpy()
+    return (-mixed).clamp(min=0).cpu().numpy()  # not below 0 by rounding
 
 
 def longest_episode(ended: np.ndarray) -> int:
@@ -1443,7 +1444,7 @@ class Editor:
 
     def __init__(self, args: Args, envs: "MazeEnvs"):
         self.args = args
-        self.rng = np.random.default_rng([args.seed, 4])
+        self.rng = np.random.default_rng([args.seed, 5])
         self.parents = np.zeros(0, np.int64)  # (N,) levels to edit next; none if (0,)
         self.next_level = FIRST_EDITED_LEVEL
         # what is kept of n edited levels, ascending
@@ -1821,7 +1822,7 @@ def check_args(args: Args) -> None:
                 f"--env-id {args.env_id} must be maze: --curriculum accel edits no other levels."
             )
         of_mazes = ["num_walls", "vary_num_walls", "maze_size", "redraw_direction", "eval_worst"]
-        require_default(args, of_mazes, "--env-id maze")
+        require_default(args, [*of_mazes, "compile"], "--env-id maze")
         why = "regret needs the best possible return, which is known of --env-id maze only"
         require(args, ["score"], lambda x: x != "regret", f"another: {why}")
         time_limit = check_environment(args.env_id, args.max_steps)
@@ -1836,8 +1837,9 @@ def check_args(args: Args) -> None:
     if args.score == "regret":
         why = "left out: --score regret knows the best possible return from one direction only"
         require(args, ["redraw_direction"], lambda x: not x, why)
-    if args.score == "mna":
-        require(args, ["gate_unsolved"], lambda x: not x, "left out: --score mna has that gate")
+    if args.score in ("mna", "learnability"):
+        gate = f"left out: --score {args.score} has that gate"
+        require(args, ["gate_unsolved"], lambda x: not x, gate)
     if args.score in ("gae", "max_mc"):
         another = f"another: --score {args.score} can be negative"
         require(args, ["score_transform"], lambda x: x != "power", another)
@@ -1868,7 +1870,8 @@ def check_curriculum(args: Args) -> None:
         allowed, name = args.replay_prob > 0, f"--replay-prob {args.replay_prob} must be above 0"
     else:
         only_nu = "another without --nu, which is 1 - replay_prob"
-        require(args, ["replay_prob"], lambda x: x in (0.5, 1 - args.nu), only_nu)
+        same = functools.partial(math.isclose, 1 - args.nu)
+        require(args, ["replay_prob"], lambda x: x == 0.5 or same(x), only_nu)
         allowed, name = args.nu < 1, f"--nu {args.nu} must be below 1"
     if args.curriculum in REPLAY_ONLY and not allowed:
         refuse(f"{name}: {args.curriculum} learns from replayed levels only.")
@@ -2722,6 +2725,8 @@ def parse_args() -> tuple[Args, dict[str, Any] | None]:
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
     if restarted and args.run_dir and Path(args.run_dir, "checkpoint.pt").exists():
         args.resume = args.resume or args.run_dir
+    if args.evaluate and WORLD > 1:
+        refuse(f"--evaluate {args.evaluate} must be without torchrun: one process plays it all.")
     if args.evaluate:
         return load_run("evaluate", Path(args.evaluate))
     if args.resume:
@@ -2801,7 +2806,9 @@ def main() -> None:
     threading.excepthook = lambda _: None
     with claimed_run_dir(args) as directory:
         try:
-            train(args, Run(args, directory, checkpoint))
+            run = Run(args, directory, checkpoint)
+            directory = run.dir  # process 0 has chosen it
+            train(args, run)
         except Exception as error:  # a full disk, a dead environment, a loss that is not finite
             with contextlib.suppress(OSError):
                 (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())

@@ -25,7 +25,7 @@ MAX_ROWS = 200
 # Flags that do not make a run another experiment, or that its copy's name says in another way.
 NO_SETTINGS = """exp_name seed torch_deterministic cuda track run_dir checkpoint_interval resume
 env_threads env_id total_timesteps curriculum eval_interval eval_episodes eval_worst capture_video
-evaluate batch_size minibatch_size num_iterations profile""".split()
+evaluate batch_size minibatch_size num_iterations profile cuda_graphs""".split()
 
 
 @dataclass

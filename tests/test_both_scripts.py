@@ -165,6 +165,12 @@ def test_evaluate_repeats_the_final_evaluation(script, finished_run, monkeypatch
     assert capsys.readouterr().out.splitlines() == [*scalars, f"every episode: {path}"]
 
 
+def test_one_process_evaluates(script, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(script, "WORLD", 2)
+    expected = "--evaluate runs/a must be without torchrun: one process plays it all."
+    assert_refused(script, monkeypatch, tmp_path, capsys, "--evaluate runs/a", expected)
+
+
 def test_evaluate_takes_other_flags(script, finished_run, brief, monkeypatch, tmp_path, capsys):
     shutil.copytree(finished_run(script), run_dir := tmp_path / "run")
     levels = "--start-level 50 --num-levels 3" if script is ppo_plr_procgen else ""
@@ -476,6 +482,11 @@ BAD = {
         "--score max_mc --score-transform power": "power must be another: --score max_mc can be "
         "negative",
         "--score nonsense": "--score",
+        "--curriculum uniform --score gae --score-transform power": "power must be another: "
+        "--score gae can be negative",
+        "--num-levels 0 --curriculum uniform --temperature 0.5": "--temperature 0.5 does nothing "
+        "without a fixed set, --num-levels above 0",
+        "--num-levels 0 --curriculum sequential --score gae": "--score gae does nothing without",
     },
     ppo_robust_plr_minigrid: {
         "--env-id mase": "--env-id mase must be maze or a registered MiniGrid environment: "
@@ -526,6 +537,10 @@ BAD = {
         "--score regret knows the best possible return from one direction only.",
         "--score mna --gate-unsolved": "--gate-unsolved True must be left out: --score mna has "
         "that gate",
+        "--score learnability --gate-unsolved": "--gate-unsolved True must be left out: --score "
+        "learnability has that gate",
+        "--env-id MiniGrid-LavaGapS5-v0 --num-steps 104 --compile": "--compile True does nothing "
+        "without --env-id maze",
         "--num-steps 249 --bootstrap-timeouts --score regret": "the time limit: regret needs whole",
         "--curriculum uniform": "--curriculum",
     },

@@ -651,6 +651,7 @@ def test_mna_equals_plain_loops(seed, gamma, lam):
     got = script.negative_advantages(args, deltas, ended, CPU)
     expected = mna_by_hand(deltas, ended, gamma, lam)
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+    assert (got >= 0).all()
 
 
 def test_mna_by_hand():
@@ -1244,6 +1245,7 @@ def test_what_is_allowed():
         "--score-transform power --score value_l1",
         "--maze-size 5 --num-walls 7",
         "--env-id MiniGrid-ObstructedMaze-1Dl-v0 --num-steps 288",
+        "--nu 0.7 --replay-prob 0.3",  # 1 - 0.7 is not 0.3 in floats
     ):
         script.check_args(tyro.cli(script.Args, args=flags.split()))
     assert script.make_sampler(script.Args(nu=0.2)).nu == 0.2

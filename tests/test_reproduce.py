@@ -221,6 +221,8 @@ def test_csv_files_are_thinned_to_evenly_spaced_whole_rows():
 def test_settings_are_the_flags_that_differ_from_the_papers():
     args = ppo_robust_plr_minigrid.Args(seed=3, curriculum="dr", num_walls=60, precision="bf16")
     assert collect.settings(vars(args)) == {"num_walls": 60, "precision": "bf16"}
+    without_graphs = vars(args) | {"cuda_graphs": False}  # the same run, at another speed
+    assert collect.settings(without_graphs) == collect.settings(vars(args))
     name = "mazes_dr_250M_seed3_num_walls=60_precision=bf16"
     assert collect.default_name(vars(args)) == name
     args = ppo_plr_procgen.Args(env_id="maze", total_timesteps=24_985_600)

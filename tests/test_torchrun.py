@@ -85,10 +85,15 @@ def torchrun(
 
 
 def ranks(
-    processes: int, script, flags: str, directory: Path, prelude: str = NO_EVALUATION
-) -> None:
+    processes: int,
+    script,
+    flags: str,
+    directory: Path,
+    prelude: str = NO_EVALUATION,
+    status: int = 0,
+) -> list[str]:
     """The same to the end, in processes forked for it, which find each other as those of torchrun
-    do."""
+    do: what each said on stderr."""
     store = dist.TCPStore(
         "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300)
     )
@@ -105,12 +110,13 @@ def ranks(
         for k in range(processes)
     ]
     try:
-        for process in group:
-            done = process.wait()
-            assert done.returncode == 0, done.stderr
+        ends = [process.wait() for process in group]
     finally:
         for process in group:
             process.kill_after(0)  # no rank is left behind
+    for done in ends:
+        assert done.returncode == status, done.stderr
+    return [done.stderr for done in ends]
 
 
 def assert_same_run_but_for_rounding(a, b) -> None:
@@ -235,6 +241,34 @@ def test_start_directions_that_are_drawn_anew_are_those_of_one_process(
     ranks(2, script, f"{flags} {HALF[script]} --run-dir {tmp_path}/half", tmp_path)
     main(script, monkeypatch, f"--resume {tmp_path}/half --total-timesteps 960")
     assert_same_run_but_for_rounding(tmp_path / "half", brief_run(script, "--redraw-direction"))
+
+
+def test_an_episode_may_end_in_one_process_only(monkeypatch, tmp_path):
+    """Gymnasium refuses a reset of no environment."""
+    script = ppo_robust_plr_minigrid
+    flags = "--env-id MiniGrid-LavaGapS5-v0 --num-envs 2 --num-steps 100 --buffer-size 4"
+    flags += " --curriculum plr --total-timesteps 400"
+    monkeypatch.setattr(script, "evaluate", lambda *args: NOTHING)
+    main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/one")
+    ranks(2, script, f"{flags} --run-dir {tmp_path}/two", tmp_path)
+    assert_same_run_but_for_rounding(tmp_path / "two", tmp_path / "one")
+
+
+def test_errors_of_all_processes_are_in_the_directory_that_the_first_has_chosen(tmp_path):
+    script = ppo_robust_plr_minigrid
+    prelude = f"""
+import time
+os.chdir("{tmp_path}")
+clock = time.time
+time.time = lambda: clock() + 100 * s.RANK
+def fail(*args, **kwargs):
+    raise OSError(f"process {{s.RANK}} fails")
+s.LevelSampler.update = fail"""
+    said = ranks(2, script, TINY[script.__name__], tmp_path, prelude, status=1)
+    (run_dir,) = (tmp_path / "runs").iterdir()
+    for k in range(2):
+        assert f"process {k} fails" in (run_dir / f"error_{k}.txt").read_text()
+    assert f"--resume runs/{run_dir.name}\n" in said[0]
 
 
 @pytest.mark.parametrize("script", [ppo_robust_plr_minigrid])
