@@ -448,7 +448,7 @@ def train(args: Args, run: "Run") -> None:
             if next_done.any():  # PLR, Algorithm 1: sample the next levels
                 phase("sampler")
                 next_levels = sampler.next_levels(next_done)
-            if next_done[own].any():
+            if next_done[own].any():  # Gymnasium refuses a reset of none
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
                 observation, _ = envs.reset(seed=next_levels[own].tolist(), options=options)

@@ -497,7 +497,7 @@ def train(args: Args, run: "Run") -> None:
                 # d = 0: the same level again. d = 1: another one (after the last step too, as dcd)
                 again = None if replay else next_levels
                 next_levels = sampler.next_levels(next_done, replay, again)
-            if next_done[own].any():
+            if next_done[own].any():  # Gymnasium refuses a reset of none
                 phase("environment")
                 options = {"reset_mask": next_done[own]}
                 overwrite(next_obs, envs.reset(seed=next_levels[own].tolist(), options=options)[0])

@@ -71,8 +71,12 @@ class Run:
         self.kind = "Procgen" if procgen else other
         self.length = millions(self.args["total_timesteps"])
         self.task = self.args["env_id"]
+        self.levels = ""  # " of 60 blocks"; of the usual 25 nothing is said
         if self.kind == "Mazes":
             self.task = "mean of dcd's 7"
+            # ACCEL's own number is what it begins to edit
+            blocks = 60 if self.args["curriculum"] == "accel" else self.args["num_walls"]
+            self.levels = f" of {blocks} blocks" if blocks != 25 else ""
         commits = [start.get("commit", "unknown") for start in self.origin.get("starts", [{}])]
         compiled = ", compiled" if self.args["compile"] else ""
         code = " and ".join(dict.fromkeys(commits))
@@ -162,17 +166,18 @@ def read_run(run_dir: Path) -> Run:
 
 @dataclass
 class Section:
-    """Runs of one length."""
+    """Runs of one length on one kind of levels."""
 
     kind: str  # Procgen, Mazes, or the environment
+    levels: str  # as in Mazes of 60 blocks
     length: str  # as in 25M
     variants: dict[str, list[Run]]
     # settings that are not the papers' but all the runs'; the variants' names are without them
     common: str = ""
 
     def __post_init__(self):
-        self.title = f"{self.kind}, {self.length} steps"
-        self.file = f"{self.kind.lower()}_{self.length}"
+        self.title = f"{self.kind}{self.levels}, {self.length} steps"
+        self.file = f"{self.kind.lower()}{self.levels.replace(' ', '_')}_{self.length}"
         self.runs = [run for runs in self.variants.values() for run in runs]
         # Of each variant the finished runs, or, where none is, those that have been evaluated.
         self.evaluated: dict[str, list[Run]] = {}
@@ -239,19 +244,20 @@ def sections(runs: list[Run]) -> list[Section]:
     if same:
         refuse(f"RUN-DIRS {' and '.join(same)} are one experiment and seed: choose one.")
     baselines = [run for run in runs if run.args["curriculum"] != "robust_plr"]
-    grouped: dict[tuple[str, str], list[Run]] = defaultdict(list)
+    grouped: dict[tuple[str, str, str], list[Run]] = defaultdict(list)
     for run in runs:
         steps = run.args["total_timesteps"]
-        others = [x.args["total_timesteps"] for x in baselines if x.kind == run.kind]
+        alike = [x for x in baselines if (x.kind, x.levels) == (run.kind, run.levels)]
+        others = [x.args["total_timesteps"] for x in alike]
         halves = [x for x in others if 2 <= steps / x < 2.3]
         length = run.length
         if run.args["curriculum"] == "robust_plr" and halves and steps not in others:
             run.variant += f", {run.length} steps"
             length = millions(max(halves))
-        grouped[run.kind, length].append(run)
+        grouped[run.kind, run.levels, length].append(run)
     order = list(NAMES.values())
     found = []
-    for (kind, length), members in grouped.items():
+    for (kind, levels, length), members in grouped.items():
         members.sort(key=lambda x: (len(x.variant), x.variant))
         members.sort(key=lambda x: order.index(NAMES[x.args["curriculum"]]))
         names = [[f"{key} {x}" for key, x in settings(run.args).items()] for run in members]
@@ -261,5 +267,9 @@ def sections(runs: list[Run]) -> list[Section]:
         for run in members:
             run.variant = ", ".join(x for x in run.variant.split(", ") if x not in common)
             variants[run.variant].append(run)
-        found.append(Section(kind, length, dict(variants), ", ".join(common)))
-    return sorted(found, key=lambda s: (s.kind != "Procgen", s.kind, -float(s.length[:-1])))
+        found.append(Section(kind, levels, length, dict(variants), ", ".join(common)))
+
+    def order_of(x: Section) -> tuple:
+        return x.kind != "Procgen", x.kind, x.levels, -float(x.length[:-1])
+
+    return sorted(found, key=order_of)

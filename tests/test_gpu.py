@@ -37,7 +37,8 @@ def is_skipped(device: str) -> bool:
 pytestmark = pytest.mark.skipif(
     "is_skipped(config.getoption('device'))", reason="needs --device cuda and a GPU"
 )
-needs_procgen = pytest.mark.skipif(not importlib.util.find_spec("procgen"), reason="needs Procgen")
+HAVE_PROCGEN = importlib.util.find_spec("procgen") or importlib.util.find_spec("procgen_gym")
+needs_procgen = pytest.mark.skipif(not HAVE_PROCGEN, reason="needs Procgen")
 PROCGEN = pytest.param(ppo_plr_procgen, marks=needs_procgen, id="procgen")
 MAZES = pytest.param(ppo_robust_plr_minigrid, id="mazes")
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import support
 import torch
-from procgen import ProcgenGym3Env
 from support import (
     LENGTHS,
     REWARDS,
@@ -36,13 +35,22 @@ NOTHING = {"train_return": 0.0, "test_return": 0.0, "episodes": {}}
 
 # ---- levels --------------------------------------------------------------------------------------
 
+Procgen = script.load_procgen()
+
+
+def level_seeds(games: Procgen) -> list[int]:
+    """The level that each game says it plays."""
+    if hasattr(games, "get_info"):
+        return [info["level_seed"] for info in games.get_info()]
+    return games._clib.get_info_bufs()["level_seed"].tolist()  # on Python 3.13
+
 
 def fresh_episode(
     game: str, mode: str, level: int, actions: np.ndarray
 ) -> list[tuple[np.ndarray, float, bool]]:
     """(observation, reward, done) per step of an environment that has never played anything but
     this level."""
-    env = ProcgenGym3Env(
+    env = Procgen(
         num=1,
         env_name=game,
         distribution_mode=mode,
@@ -51,11 +59,11 @@ def fresh_episode(
         rand_seed=7,
         num_threads=0,
     )
-    steps = [(env.observe()[1]["rgb"][0], 0.0, False)]
+    steps = [(env.observe()[1]["rgb"][0].copy(), 0.0, False)]
     for action in actions:
         env.act(np.array([action]))
         reward, obs, first = env.observe()
-        steps.append((obs["rgb"][0], float(reward[0]), bool(first[0])))
+        steps.append((obs["rgb"][0].copy(), float(reward[0]), bool(first[0])))
         if first[0]:
             break
     return steps
@@ -83,11 +91,11 @@ def assert_levels_are_exact(game: str, mode: str, num_steps: int = 120) -> None:
                 f"{game}: level {levels[i]} starts differently"
             )
         for t in range(num_steps):
-            level_seeds = [info["level_seed"] for info in envs.procgen.get_info()]
+            playing = level_seeds(envs.procgen)
             obs, rewards, terminations, _, _ = envs.step(actions[t])
             for i in range(4):
                 if t + 1 < len(expected[i]):
-                    assert level_seeds[i] == levels[i]
+                    assert playing[i] == levels[i]
                     assert (rewards[i], terminations[i]) == expected[i][t + 1][1:], (
                         f"{game}, step {t}"
                     )
@@ -120,7 +128,7 @@ def test_procgens_own_reset_leaks_state_in_dodgeball():
             "num_levels": 1,
             "start_level": level,
         }
-        env = ProcgenGym3Env(num=1, rand_seed=7, num_threads=0, **options)
+        env = Procgen(num=1, rand_seed=7, num_threads=0, **options)
         first = np.zeros(1, bool)
         while not first[0]:
             env.act(rng.integers(15, size=1))
@@ -159,7 +167,7 @@ def test_observed_levels_are_the_samplers_assignments(curriculum, monkeypatch, t
 
     class Watched(script.ProcgenLevels):
         def step(self, actions):
-            observed.append([info["level_seed"] for info in self.procgen.get_info()])
+            observed.append(level_seeds(self.procgen))
             return super().step(actions)
 
     monkeypatch.setattr(script, "ProcgenLevels", Watched)
