@@ -452,6 +452,24 @@ def test_ours_and_jaxueds_with_other_settings_or_lengths_are_not_compared(tmp_pa
     assert "different from" not in report.report(tmp_path.iterdir())[0]
 
 
+def test_mazes_of_another_number_of_blocks_are_a_section_of_their_own(tmp_path):
+    """ACCEL's number is what its edits begin with: it stands beside 60 blocks, as published."""
+    for curriculum, blocks in (("dr", 25), ("robust_plr", 25), ("dr", 60), ("dr", 120)):
+        source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
+        copy_run(tmp_path, f"{curriculum}_{blocks}", source, {}, num_walls=blocks)
+    source = "mazes_robust_plr_60M_seed1_precision=bf16"
+    copy_run(tmp_path, "accel", source, {}, curriculum="accel", num_walls=0)
+    text, pictures, _ = report.report(tmp_path.iterdir())
+    titles = [line[3:] for line in text.splitlines() if line.startswith("## Mazes")]
+    others = [f"Mazes of {blocks} blocks, 60M steps" for blocks in (120, 60)]
+    assert titles == ["Mazes, 60M steps", *others]
+    assert {"mazes_60M.png", "mazes_of_60_blocks_60M.png", "mazes_of_120_blocks_60M.png"} <= (
+        pictures.keys()
+    )
+    of_60 = text.split(f"## {others[1]}")[1]
+    assert "ACCEL" in of_60 and "ACCEL" not in text.split(f"## {others[1]}")[0]
+
+
 def test_scores_at_equal_updates_lie_on_the_curve(tmp_path):
     copy_run(tmp_path, "dr", "mazes_dr_60M_seed1_precision=bf16", {})
     path = tmp_path / "dr" / "evaluations.csv"
