@@ -356,6 +356,7 @@ def test_augmented_runs_differ_resume_and_log_what_they_do(monkeypatch, tmp_path
     assert "bandit" not in torch.load(tmp_path / "none/checkpoint.pt", weights_only=True)
 
 
+@pytest.mark.slow
 def test_scores_are_of_clean_observations(monkeypatch, tmp_path):
     """The first rollout's come before any update: augmentation changes none of them."""
     monkeypatch.setattr(script, "evaluate", lambda *args: NOTHING)
@@ -399,6 +400,7 @@ def test_impoola_takes_each_channels_mean():
     torch.testing.assert_close(agent.hidden(x), torch.relu(linear(means)))
 
 
+@pytest.mark.slow
 def test_an_impoola_run_can_be_evaluated_and_another_encoder_is_refused(
     monkeypatch, tmp_path, capsys
 ):

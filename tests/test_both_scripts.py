@@ -564,6 +564,7 @@ def test_bad_input_is_refused(script, flags, monkeypatch, tmp_path, capsys):
     assert_refused(script, monkeypatch, tmp_path, capsys, flags, BAD[script][flags])
 
 
+@pytest.mark.slow
 def test_bad_input_shows_no_traceback():
     done = run(ppo_robust_plr_minigrid, "--env-id CartPole-v1")
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

@@ -219,6 +219,7 @@ s.LevelSampler.update = patient
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize("kind", ["started", "resumed"])
 def test_of_two_processes_with_one_directory_one_is_refused(kind, script, brief_run, tmp_path):

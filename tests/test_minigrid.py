@@ -1104,6 +1104,7 @@ def test_what_an_evaluation_says_of_known_returns(agent, monkeypatch):
     assert result["return_mean"] == pytest.approx(played.mean()) and len(set(rates)) > 2
 
 
+@pytest.mark.slow
 def test_videos_change_nothing(agent, brief, tmp_path):
     args = script.Args(eval_episodes=3)
     result = script.evaluate(agent, args, CPU, tmp_path)
@@ -1178,6 +1179,7 @@ def test_a_finished_run(finished_run):
     assert checkpoint["totals"]["gradient_updates"] == result["gradient_updates"]
 
 
+@pytest.mark.slow
 def test_flags_of_the_optimisation(no_evaluation, monkeypatch, tmp_path):
     flags = f"{TINY} --curriculum plr --total-timesteps 384 --learning-rate 0.003"
     logged = {}

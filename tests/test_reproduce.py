@@ -134,6 +134,7 @@ def run_dir(finished_run, tmp_path) -> Path:
     return Path(shutil.copytree(finished_run(ppo_plr_procgen), tmp_path / "run"))
 
 
+@pytest.mark.slow
 def test_a_copy_has_the_results_and_where_they_are_from(run_dir, tmp_path):
     copy = collect.collect(run_dir, tmp_path / "results", start=START, note="slow disk")
     args = json.loads((run_dir / "args.json").read_text())

@@ -1303,7 +1303,7 @@ def test_returns_are_evicted_rejected_and_dropped_with_their_level():
     st.integers(1, 4),
     st.sampled_from([copy.deepcopy, through_torch]),
 )
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=20, deadline=None)
 def test_remembered_returns_equal_plain_lists(seed, kind, kept, through):
     """Through recordings of many episodes at once, entry into the buffer, eviction, and a state
     restored at every round."""

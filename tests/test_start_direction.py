@@ -162,6 +162,7 @@ def test_there_is_none_in_training_and_in_no_evaluation(env_id):
         assert (envs.step(left)[0]["direction"] == 0).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "more",
     ["", pytest.param("--env-id MiniGrid-LavaGapS5-v0 --num-steps 104", marks=pytest.mark.slow)],

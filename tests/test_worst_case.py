@@ -176,6 +176,7 @@ def test_each_level_is_played_once_from_a_fresh_state(num_envs):
 # ---- as a user does it ---------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("brief")
 def test_it_ends_a_run_and_changes_nothing_of_it(brief_run, monkeypatch, tmp_path, capsys):
     whole = brief_run(script)
