@@ -239,6 +239,7 @@ def test_of_two_processes_with_one_directory_one_is_refused(kind, script, brief_
     assert not list(run_dir.glob("*.tmp"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("script", ONE)
 def test_two_runs_that_start_in_one_second_have_a_directory_each(script, brief_run, tmp_path):
     clock = f"""
@@ -322,7 +323,7 @@ SCREENS = {
 
 @pytest.mark.parametrize("script", ONE)
 @pytest.mark.parametrize(
-    "kind", [kind if "ASCII" in kind else pytest.param(kind, **SLOW) for kind in SCREENS]
+    "kind", [kind if kind == "ASCII" else pytest.param(kind, **SLOW) for kind in SCREENS]
 )
 def test_nothing_that_is_wrong_with_the_screen_ends_a_run(kind, script, brief_run, tmp_path):
     run_dir = tmp_path / "läuft_走"

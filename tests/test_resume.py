@@ -226,7 +226,8 @@ def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(
 
 
 @pytest.mark.parametrize(
-    "damage", ["truncated", "garbage", "malicious", "newer", "foreign", "missing"]
+    "damage",
+    ["truncated", "garbage", "malicious", "newer", pytest.param("foreign", **SLOW), "missing"],
 )
 def test_a_run_that_cannot_be_loaded_is_left_as_it_is(
     damage, script, finished_run, tmp_path, monkeypatch, capsys
