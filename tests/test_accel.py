@@ -416,6 +416,7 @@ def test_a_replay_rollout_is_followed_by_one_on_its_children(
         assert script.shortest_paths(maze)[0] == shortest_path(maze)
 
 
+@pytest.mark.slow
 def test_empty_rooms_are_filled_by_edits(no_evaluation, monkeypatch, tmp_path):
     flags = TINY.replace("--num-walls 6", "--num-walls 0")
     flags = f"{flags} --total-timesteps {60 * 96} --replay-prob 0.8 --run-dir {tmp_path}/run"

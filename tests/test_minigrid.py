@@ -1201,6 +1201,7 @@ def test_flags_of_the_optimisation(no_evaluation, monkeypatch, tmp_path):
     assert abs(logged["--precision bf16"][0]["entropy"] - logged[""][0]["entropy"]) < 0.01
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "env_id",
     [pytest.param("MiniGrid-MultiRoom-N2-S4-v0", marks=pytest.mark.slow), "MiniGrid-LavaGapS5-v0"],
