@@ -332,7 +332,7 @@ def test_an_environment_that_cannot_be_trained_on_is_refused(env_id, monkeypatch
 
 
 def test_without_procgen_its_script_says_where_there_is_one(monkeypatch, tmp_path, capsys):
-    for package in ("procgen", "procgen_gym"):
+    for package in ("procgen", "procgen_gym", "procgen_gym.env"):
         monkeypatch.setitem(sys.modules, package, None)
     with pytest.raises(SystemExit) as stop:
         main(procgen_script, monkeypatch, f"{TINY['ppo_plr_procgen']} --run-dir {tmp_path}/run")
