@@ -1082,6 +1082,7 @@ def test_how_well_each_score_follows_true_regret():
 # ---- evaluation ----------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_evaluation_plays_each_environment_and_leaves_the_training_stream_alone(agent):
     before = torch.get_rng_state()
     result = script.evaluate(agent, script.Args(eval_episodes=1), CPU)
