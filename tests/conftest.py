@@ -26,16 +26,16 @@ def pytest_xdist_auto_num_workers(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Slow are whole runs of Procgen in processes of their own, of both scripts those that
-    everything watches, and the loops of others."""
+    """Slow are whole runs of Procgen in processes of their own, what needs a process forked for it,
+    and the loops of others."""
     for item in items:
         params = item.callspec.params if hasattr(item, "callspec") else {}
         script = params.get("script", getattr(item.module, "script", None))
         procgen = getattr(script, "__name__", script) == "ppo_plr_procgen"
-        starts = {"finished_run", "brief_run"} & set(item.fixturenames)
-        starts |= {"Process", "run"} & set(item.function.__code__.co_names)
-        watched = "watched_run" in item.fixturenames
-        if watched or (procgen and starts) or "integrations" in item.path.parts:
+        names = {*item.fixturenames, *item.function.__code__.co_names}
+        forked = names & {"brief_run", "watched_run", "Process"}
+        started = procgen and names & {"finished_run", "run"}
+        if forked or started or "integrations" in item.path.parts:
             item.add_marker("slow")
 
 
