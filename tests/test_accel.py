@@ -303,7 +303,7 @@ def shortest_path(maze: script.Mazes) -> int:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("base", ["batch", pytest.param("lowest", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("base", ["batch", "lowest"])
 def test_a_replay_rollout_is_followed_by_one_on_its_children(
     base, no_evaluation, monkeypatch, tmp_path
 ):

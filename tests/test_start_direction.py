@@ -163,10 +163,7 @@ def test_there_is_none_in_training_and_in_no_evaluation(env_id):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "more",
-    ["", pytest.param("--env-id MiniGrid-LavaGapS5-v0 --num-steps 104", marks=pytest.mark.slow)],
-)
+@pytest.mark.parametrize("more", ["", "--env-id MiniGrid-LavaGapS5-v0 --num-steps 104"])
 def test_a_run_without_a_compass_learns_nothing_of_directions(more, monkeypatch, tmp_path):
     monkeypatch.setattr(script, "evaluate", lambda *args: {"solved_mean": 0.0, "episodes": {}})
     flags = "--num-envs 4 --buffer-size 12 --curriculum plr --total-timesteps 832"

@@ -117,7 +117,7 @@ def play(envs, steps, every_step=lambda *x: None, abandon=10**9):
 @pytest.mark.parametrize("kind", [SyncVectorEnv, AsyncVectorEnv])
 @pytest.mark.parametrize("steps", [300, 1500])
 def test_every_step_is_on_the_level_that_was_assigned(mode, kind, steps):
-    """Three environments: up to 10,000 steps together."""
+    """Three environments: up to 4,500 steps together."""
     settings = {"num_envs": 3, "seed": 1, "rho": 0.2, "replay_schedule": "fixed"}
     sampler = LevelSampler(range(40), **settings)
     envs = plr(make(mode, kind=kind), sampler)
