@@ -1698,8 +1698,15 @@ def write_file(path: Path, content: Any) -> None:
 
 
 def append_row(path: Path, columns: dict[str, Any]) -> None:
-    """A row of a CSV file; the first one is preceded by the header."""
-    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values()]
+    """A row of a CSV file; the first one is preceded by the header. A file that an earlier version
+    of the script began keeps its columns."""
+    header = ""
+    if path.exists():
+        with open(path) as file:
+            header = file.readline().strip()
+    names = header.split(",") if header else list(columns)
+    values = [columns.get(name, "") for name in names]
+    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in values]
     row = ",".join(cells) + "\n"
     with open(path, "ab", buffering=0) as file:
         size = file.tell()

@@ -1550,6 +1550,7 @@ def mean_returns(wanted: np.ndarray, levels: np.ndarray, returns: np.ndarray) ->
 # ---- evaluation ----------------------------------------------------------------------------------
 
 SHOWN = {"solved": "solved_mean"}  # of an evaluation, on the screen
+UNSEEN = "Unseen"  # the run's own kind of mazes: not part of the means
 
 
 def add_frame(film: list[Image.Image] | None, envs: gym.vector.VectorEnv) -> None:
@@ -1617,8 +1618,8 @@ def evaluation_environments(
     args: Args, device: torch.device
 ) -> Iterator[tuple[str, gym.vector.VectorEnv, dict]]:
     """Name, eval_episodes environments, and their reset, to levels that are the same for every run:
-    named and perfect mazes, time limit 2 * size ** 2, and two of the package's; for another
-    --env-id its levels never trained on."""
+    named and perfect mazes, time limit 2 * size ** 2, two of the package's, and random mazes made
+    as the run's are but never trained on; for another --env-id its levels never trained on."""
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
@@ -1639,6 +1640,7 @@ def evaluation_environments(
         options = {"compass": args.compass, "agent_view_size": VIEW}
         envs = make_minigrid(f"MiniGrid-{name}-v0", n, device, **options)
         yield name, envs, levels
+    yield UNSEEN, make_envs(replace(args, redraw_direction=False), n, device), levels
 
 
 def evaluate(
@@ -1648,8 +1650,8 @@ def evaluate(
     video: folder for GIFs of first episodes.
 
     Returns the share of episodes solved (a return above 0) and the mean return in each, their
-    means over the environments, the interquartile mean (IQM) of the shares, and every episode's
-    return.
+    means over the environments but UNSEEN, the interquartile mean (IQM) of the shares, and every
+    episode's return.
     """
     returns: dict[str, np.ndarray] = {}
     with own_random_stream(args, device):
@@ -1662,12 +1664,13 @@ def evaluate(
                 frames = film[:1] + film[:0:-2][::-1]
                 write_gif(video / f"{file_name}.gif", frames, milliseconds=100)
     solved = {name: float((x > 0).mean()) for name, x in returns.items()}
-    rates = np.sort(list(solved.values()))
+    counted = [name for name in solved if name != UNSEEN]
+    rates = np.sort([solved[name] for name in counted])
     quarter = len(rates) // 4
     return {
         "solved_mean": float(rates.mean()),
         "solved_iqm": float(rates[quarter : len(rates) - quarter].mean()),
-        "return_mean": float(np.mean(list(returns.values()))),
+        "return_mean": float(np.mean([returns[name].mean() for name in counted])),
         **{f"solved_{name}": x for name, x in solved.items()},
         **{f"return_{name}": float(x.mean()) for name, x in returns.items()},
         "episodes": {name: x.tolist() for name, x in returns.items()},
@@ -2358,8 +2361,15 @@ def write_file(path: Path, content: Any) -> None:
 
 
 def append_row(path: Path, columns: dict[str, Any]) -> None:
-    """A row of a CSV file; the first one is preceded by the header."""
-    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in columns.values()]
+    """A row of a CSV file; the first one is preceded by the header. A file that an earlier version
+    of the script began keeps its columns."""
+    header = ""
+    if path.exists():
+        with open(path) as file:
+            header = file.readline().strip()
+    names = header.split(",") if header else list(columns)
+    values = [columns.get(name, "") for name in names]
+    cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in values]
     row = ",".join(cells) + "\n"
     with open(path, "ab", buffering=0) as file:
         size = file.tell()
