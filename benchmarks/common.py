@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 
 ROOT = Path(__file__).resolve().parents[1]
 RUNS = ROOT / "benchmarks" / "results" / "runs"  # small copies of training runs
+UNSEEN = "solved_Unseen"  # a column of the mazes' evaluations.csv
 SCRIPTS = {"procgen": "ppo_plr_procgen", "mazes": "ppo_robust_plr_minigrid"}
 sys.path.insert(0, str(ROOT))  # the scripts can be imported, each by whoever needs it
 

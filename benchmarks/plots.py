@@ -7,6 +7,7 @@ from typing import Any
 
 import matplotlib
 import numpy as np
+from common import UNSEEN
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter
@@ -139,6 +140,31 @@ def procgen_returns(section, published: dict) -> Figure:
     if section.published:
         looks["paper: unseen levels, 25M steps, ± std"] = PAPER
     return finish(figure, section, looks)
+
+
+def unseen_curves(section) -> Figure | None:
+    """Solved rate in unseen mazes of the runs' own kind: mean and standard error, and each run.
+    None if no run has measured it."""
+    measured = {
+        name: [run for run in variant if run.unseen.size]
+        for name, variant in section.variants.items()
+    }
+    if not any(measured.values()):
+        return None
+    figure, (axis,) = panels(1, 1, 7, 4)
+    for name, runs in measured.items():
+        color = section.colors[name]
+        for run in runs if len(runs) > 1 else ():
+            axis.plot(run.evaluations["global_step"], run.unseen, color=color, lw=0.7, alpha=0.4)
+        if runs:
+            x, y = averaged(runs, "global_step", UNSEEN)
+            axis.plot(x, y.mean(0), lw=2.2, color=color, **MARKS)
+            if len(runs) > 1:
+                band(axis, x, y.mean(0), stats.sem(y), color)
+    axis.set(title=f"{section.kind}{section.levels}: unseen ones", xlabel="environment steps")
+    axis.set(ylabel="share of episodes solved", ylim=(0, None))
+    looks = {"a run": {"lw": 0.7, "alpha": 0.4}, "± s.e. over runs": BAND}
+    return finish(figure, section, looks if max(map(len, measured.values())) > 1 else {})
 
 
 def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:

@@ -223,6 +223,12 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
                 if all(run.worst_case for run in (*runs, *others)):
                     of_random = [[run.random_mazes for run in x] for x in (runs, others)]
                     scores["random mazes", "steps"] = of_random
+                if all(run.unseen.size for run in (*runs, *others)):
+                    last = [[run.solved["Unseen"] for run in x] for x in (runs, others)]
+                    mean = [[run.unseen.mean() for run in x] for x in (runs, others)]
+                    scores["unseen mazes of this kind", "steps"] = last
+                    name = "unseen mazes of this kind, mean of the evaluations"
+                    scores[name, "steps"] = mean
             elif same and max(counts) < 1.05 * min(counts):
                 scores[task, updates] = final
             if same and max(counts) > 1.05 * min(counts):
@@ -477,6 +483,7 @@ def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict
             rates_of_mazes = maze_rates(section) if section.evaluated else ""
             tables = [rates_of_mazes, questions_table([section]), beside_published(section)]
         if section.kind == "Mazes":
+            drawn["_unseen"] = plots.unseen_curves(section)
             drawn["_by_maze"] = plots.maze_bars(section, SEVEN, rates)
             if any(run.worst_case for run in section.runs):
                 drawn["_worst_case"] = plots.worst_case(section, WORST_CASE)

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 from collect import kind_of, millions, settings
-from common import ROOT, read_csv, read_text, refuse
+from common import ROOT, UNSEEN, read_csv, read_text, refuse
 
 NAMES = {"uniform": "uniform", "sequential": "sequential", "dr": "DR", "plr": "PLR"}
 NAMES |= {"robust_plr": "Robust PLR", "accel": "ACCEL"}
@@ -71,12 +71,15 @@ class Run:
         self.kind = "Procgen" if procgen else other
         self.length = millions(self.args["total_timesteps"])
         self.task = self.args["env_id"]
-        self.levels = ""  # " of 60 blocks"; of the usual 25 nothing is said
+        self.levels = ""  # " of 25 x 25 cells, 78 blocks"; of the usual 15, 25 nothing is said
         if self.kind == "Mazes":
             self.task = "mean of dcd's 7"
             # ACCEL's own number is what it begins to edit
             blocks = 60 if self.args["curriculum"] == "accel" else self.args["num_walls"]
-            self.levels = f" of {blocks} blocks" if blocks != 25 else ""
+            side = self.args.get("maze_size", 15)
+            unusual = [f"{side} x {side} cells"] if side != 15 else []
+            unusual += [f"{blocks} blocks"] if blocks != 25 else []
+            self.levels = f" of {', '.join(unusual)}" if unusual else ""
         commits = [start.get("commit", "unknown") for start in self.origin.get("starts", [{}])]
         compiled = ", compiled" if self.args["compile"] else ""
         code = " and ".join(dict.fromkeys(commits))
@@ -105,6 +108,12 @@ class Run:
         alphas = self.worst_case["alpha_percent"].tolist()
         return float(self.worst_case["solved_rate"][alphas.index(100)])
 
+    @property
+    def unseen(self) -> np.ndarray:
+        """The solved rate in mazes of the run's own kind that it never trains on, by evaluation.
+        Empty where it was not measured."""
+        return self.evaluations.get(UNSEEN, np.zeros(0))
+
     def score_at(self, gradient_updates: float) -> float:
         """The score after so many gradient updates, between two evaluations; not of Procgen."""
         names = [f"solved_{maze}" for maze in SEVEN] if self.kind == "Mazes" else ["solved_mean"]
@@ -124,7 +133,12 @@ class Run:
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
     rows = read_csv(path)
-    return {key: np.array([float(row[key]) for row in rows]) for key in rows[0]} if rows else {}
+    """Empty where a later version of the script no longer writes a column: nan."""
+    return (
+        {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
+        if rows
+        else {}
+    )
 
 
 def read_run(run_dir: Path) -> Run:
@@ -177,7 +191,9 @@ class Section:
 
     def __post_init__(self):
         self.title = f"{self.kind}{self.levels}, {self.length} steps"
-        self.file = f"{self.kind.lower()}{self.levels.replace(' ', '_')}_{self.length}"
+        self.file = (
+            f"{self.kind.lower()}{self.levels.replace(',', '').replace(' ', '_')}_{self.length}"
+        )
         self.runs = [run for runs in self.variants.values() for run in runs]
         # Of each variant the finished runs, or, where none is, those that have been evaluated.
         self.evaluated: dict[str, list[Run]] = {}

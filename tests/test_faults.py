@@ -205,6 +205,13 @@ def test_a_row_that_a_full_disk_cuts_short_leaves_the_others_whole(script, tmp_p
     assert [row["global_step"] for row in rows(path)] == [96, 288]
 
 
+def test_a_file_that_an_earlier_version_began_keeps_its_columns(script, tmp_path):
+    path = tmp_path / "evaluations.csv"
+    path.write_text("global_step,dropped,solved\n96,1,0.25\n")
+    script.append_row(path, {"global_step": 192, "solved": 0.5, "new": 7})
+    assert path.read_text() == "global_step,dropped,solved\n96,1,0.25\n192,,0.5\n"
+
+
 # ---- two at once ---------------------------------------------------------------------------------
 
 WAIT = """

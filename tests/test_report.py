@@ -452,6 +452,31 @@ def test_ours_and_jaxueds_with_other_settings_or_lengths_are_not_compared(tmp_pa
     assert "different from" not in report.report(tmp_path.iterdir())[0]
 
 
+def test_where_all_runs_have_played_unseen_mazes_of_their_kind_these_are_asked_about_too(tmp_path):
+    last = {("dr", 1): 0.25, ("dr", 2): 0.5, ("plr", 1): 0.5, ("plr", 2): 0.75}
+    for (curriculum, seed), rate in last.items():
+        source = "mazes_dr_60M_seed1_precision=bf16"
+        unseen = {"solved_Unseen": rate}
+        name = f"{curriculum}{seed}"
+        flags = {"maze_size": 25, "num_walls": 78, "curriculum": curriculum, "seed": seed}
+        copy_run(tmp_path, name, source, unseen, **flags)
+        path = tmp_path / name / "evaluations.csv"
+        header, *rows = path.read_text().splitlines()
+        rows = [f"{row},{rate if row is rows[-1] else 0}" for row in rows]
+        path.write_text("\n".join([f"{header},solved_Unseen", *rows]) + "\n")
+    text, pictures, _ = report.report(tmp_path.iterdir())
+    asked = table_of(text, "question", 2)
+    where = "Mazes of 25 x 25 cells, 78 blocks, 60M steps, num_walls 78, maze_size 25"
+    differences = [
+        asked[f"{where}, unseen mazes of this kind{part}: does PLR beat DR?", "steps"][1]
+        for part in ("", ", mean of the evaluations")
+    ]
+    assert differences == ["+0.250", f"+{0.25 / len(rows):.3f}"]
+    axis = pictures["mazes_of_25_x_25_cells_78_blocks_60M_unseen.png"].axes[0]
+    curves = [line.get_ydata()[-1] for line in axis.lines]
+    assert sorted(curves) == [0.25, 0.375, 0.5, 0.5, 0.625, 0.75]  # four runs, two means
+
+
 def test_mazes_of_another_number_of_blocks_are_a_section_of_their_own(tmp_path):
     """ACCEL's number is what its edits begin with: it stands beside 60 blocks, as published."""
     for curriculum, blocks in (("dr", 25), ("robust_plr", 25), ("dr", 60), ("dr", 120)):

@@ -153,7 +153,7 @@ def test_without_a_compass_only_the_observed_direction_differs():
 def test_there_is_none_in_training_and_in_no_evaluation(env_id):
     args = script.Args(env_id=env_id, compass=False, eval_episodes=20)
     environments = [(envs, reset) for _, envs, reset in script.evaluation_environments(args, CPU)]
-    assert len(environments) == (12 if env_id == "maze" else 1)
+    assert len(environments) == (13 if env_id == "maze" else 1)
     levels = {"seed": list(range(20))}
     environments.append((script.make_envs(args, 20, CPU), levels))
     left = torch.zeros(20, dtype=torch.int64)
