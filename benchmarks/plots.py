@@ -143,28 +143,37 @@ def procgen_returns(section, published: dict) -> Figure:
 
 
 def unseen_curves(section) -> Figure | None:
-    """Solved rate in unseen mazes of the runs' own kind: mean and standard error, and each run.
-    None if no run has measured it."""
+    """Left: solved rate in unseen mazes of the runs' own kind, mean, standard error and each run.
+    Right: how far away the goal is in the mazes that the runs train on. None if no run has measured
+    the former."""
     measured = {
         name: [run for run in variant if run.unseen.size]
         for name, variant in section.variants.items()
     }
     if not any(measured.values()):
         return None
-    figure, (axis,) = panels(1, 1, 7, 4)
+    figure, (rates, paths) = panels(2, 2, 5.4, 3.7)
+    styles = {"new": ":", "replayed": "-"}
     for name, runs in measured.items():
         color = section.colors[name]
-        for run in runs if len(runs) > 1 else ():
-            axis.plot(run.evaluations["global_step"], run.unseen, color=color, lw=0.7, alpha=0.4)
+        for run in runs:
+            rates.plot(run.evaluations["global_step"], run.unseen, color=color, lw=0.7, alpha=0.4)
+            for kind, style in styles.items():
+                key = f"shortest_path_{kind}"
+                if key in run.progress and not np.isnan(run.progress[key]).all():
+                    paths.plot(*smoothed(run, key), color=color, ls=style, lw=1)
         if runs:
             x, y = averaged(runs, "global_step", UNSEEN)
-            axis.plot(x, y.mean(0), lw=2.2, color=color, **MARKS)
+            rates.plot(x, y.mean(0), lw=2.2, color=color, **MARKS)
             if len(runs) > 1:
-                band(axis, x, y.mean(0), stats.sem(y), color)
-    axis.set(title=f"{section.kind}{section.levels}: unseen ones", xlabel="environment steps")
-    axis.set(ylabel="share of episodes solved", ylim=(0, None))
-    looks = {"a run": {"lw": 0.7, "alpha": 0.4}, "± s.e. over runs": BAND}
-    return finish(figure, section, looks if max(map(len, measured.values())) > 1 else {})
+                band(rates, x, y.mean(0), stats.sem(y), color)
+    rates.set(title="unseen mazes: share of episodes solved", ylim=(0, None))
+    paths.set(title="mazes trained on: shortest path to the goal", ylim=(0, None))
+    for axis in (rates, paths):
+        axis.set_xlabel("environment steps")
+    looks: dict[str, dict[str, Any]] = {"mean of the runs, ± s.e.": BAND}
+    looks |= {f"{kind} mazes": {"ls": style} for kind, style in styles.items()}
+    return finish(figure, section, looks)
 
 
 def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:

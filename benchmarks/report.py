@@ -162,6 +162,17 @@ def difference_of_means(a: np.ndarray, b: np.ndarray) -> tuple[float, float, flo
     return difference, interval.low, interval.high
 
 
+def within_seeds(a: dict[int, float], b: dict[int, float]) -> tuple[float, float]:
+    """By seed: 95 % interval of the mean difference (paired t). Runs of one seed begin with the
+    same network and the same levels, DR and PLR are one run until replay begins. nan for other
+    seeds, without two of them, or spread."""
+    differences = [a[seed] - b[seed] for seed in a.keys() & b.keys()]
+    if a.keys() != b.keys() or len(a) < 2 or np.std(differences) == 0:
+        return np.nan, np.nan
+    interval = stats.ttest_1samp(differences, 0).confidence_interval()
+    return interval.low, interval.high
+
+
 def answer(low: float, high: float) -> str:
     if low > 0:
         return "yes"
@@ -237,14 +248,22 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
             known = {better, baseline} <= section.published.keys()
             for (measured, equal), (a, b) in scores.items():
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
-                words = [number(x, digits, "+") for x in interval]
                 row = [question(section, measured, runs[0], others[0], brief), equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
-                row += ["–" if np.isnan(interval[0]) else f"[{words[0]}, {words[1]}]"]
+                paired = np.nan, np.nan
+                if same:
+                    seeds = [[run.args["seed"] for run in x] for x in (runs, others)]
+                    paired = within_seeds(dict(zip(seeds[0], a)), dict(zip(seeds[1], b)))
+                row += [interval_cell(*x, digits) for x in (interval, paired)]
                 known_here = known and (measured, equal) == (task, "steps")
                 row += [published_gap(section, task, *pair) if known_here else "–"]
                 rows.append([*row, (answer if same else is_different)(*interval)])
     return rows
+
+
+def interval_cell(low: float, high: float, digits: int) -> str:
+    low_and_high = number(low, digits, "+"), number(high, digits, "+")
+    return "–" if np.isnan(low) else f"[{', '.join(low_and_high)}]"
 
 
 def published_score(section: Section, task: str, curriculum: str) -> Sample:
@@ -261,10 +280,11 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
 
 def questions_table(found: Iterable[Section], brief: bool = False) -> str:
     """Brief: only what has an interval, without the settings and the published numbers."""
-    head = ["question", "at equal", "runs", "difference", "95 % interval", "published", "answer"]
+    head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
+    head += ["published", "answer"]
     rows = [head, *(row for section in found for row in questions(section, brief))]
     if brief:
-        rows = [[*row[:5], row[6]] for row in rows if row[4] != "–"]
+        rows = [[*row[:6], row[7]] for row in rows if row[4] != "–"]
     return markdown(rows) if len(rows) > 1 else ""
 
 
@@ -433,9 +453,12 @@ IQM: over mazes and runs together. One checkpoint of one run says little: the la
 mean over the evaluations in the last quarter of the run.
 
 [95 % intervals], from five runs on: bootstrap; in Procgen runs are drawn anew within each game, in
-mazes whole runs, since one run plays all mazes. p: Welch's t-test, two-sided, not corrected for the
-number of tests; the paper's follow from rounded numbers. Where a curriculum has finished runs,
-those that go on are in the pictures only. Robust PLR's new levels are steps without updates.
+mazes whole runs, since one run plays all mazes. Of a question: Welch's t. Within seeds: paired t,
+where both sides have the same seeds; runs of one seed begin with the same network and levels, and
+DR and PLR are one run until replay begins. The answer is by the former. p: Welch's t-test,
+two-sided, not corrected for the number of tests; the paper's follow from rounded numbers. Where a
+curriculum has finished runs, those that go on are in the pictures only. Robust PLR's new levels are
+steps without updates.
 """
 
 

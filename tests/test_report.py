@@ -212,7 +212,8 @@ def test_a_full_reproduction_stands_beside_the_paper_and_lacks_nothing(tmp_path)
         41.0 + np.arange(1, 11), [20.0, 21.0] * 5, equal_var=False
     ).confidence_interval()
     interval = f"[+{interval.low:.2f}, +{interval.high:.2f}]"
-    assert plr == ["10, 10", "+26.00", interval, "+1.1, p 0.49", "yes"]
+    within = plr.pop(3)
+    assert plr == ["10, 10", "+26.00", interval, "+1.1, p 0.49", "yes"] and within != interval
     rows = table_of(text, "ours − published", 1)
     assert rows["starpilot: uniform",][0].startswith("−6.30, p ")
     assert rows["starpilot: PLR",][0].startswith("+18.60, p ")
@@ -338,7 +339,7 @@ def test_mazes_stand_beside_dcds_and_robust_plr_with_as_many_updates_beside_the_
     rows = table_of(text, "question", 2)
     question = "Mazes, 250M steps, mean of dcd's 7: does Robust PLR{} beat DR?".format
     few = "not enough runs to say"
-    assert rows[question(""), "steps"] == ["1, 2", "+0.400", "–", "+0.249, p 0.015", few]
+    assert rows[question(""), "steps"] == ["1, 2", "+0.400", "–", "–", "+0.249, p 0.015", few]
     # the two runs' evaluations are copies, so their curves do not follow from the final scores
     assert rows[question(""), "18,075 updates"][0] == "1, 2"
     assert (question(", 500M steps"), "steps") not in rows
@@ -372,6 +373,16 @@ def test_a_curriculum_beats_another_only_if_the_interval_says_so(a, b, said):
         assert (low, high) == pytest.approx((difference - half, difference + half))
 
 
+def test_within_seeds_only_where_they_are_the_same():
+    a, b = {1: 0.4, 2: 0.9, 3: 0.5}, {3: 0.3, 1: 0.3, 2: 0.6}
+    # differences 0.1, 0.3, 0.2: mean 0.2, standard error 0.1 / 3 ** 0.5, t of 2 degrees 4.3027
+    half = 4.302653 * 0.1 / 3**0.5
+    assert report.within_seeds(a, b) == pytest.approx((0.2 - half, 0.2 + half))
+    assert np.isnan(report.within_seeds(a, {1: 0.3, 2: 0.6, 4: 0.3})).all()
+    assert np.isnan(report.within_seeds({1: 0.4}, {1: 0.3})).all()
+    assert np.isnan(report.within_seeds({1: 0.5, 2: 0.75}, {1: 0.25, 2: 0.5})).all()  # no spread
+
+
 def test_curricula_with_other_settings_are_not_compared(tmp_path):
     for seed in (1, 2):
         starpilot(tmp_path, "uniform", seed, 20.0 + seed)
@@ -400,7 +411,8 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
     asked_briefly = "Procgen, 25M steps, starpilot: does PLR beat uniform?"
     row = table_of(blocks["questions"], "question")[asked_briefly, "steps"]
     # 4.3027, of 2 degrees of freedom, times the root of 0.5 / 2 + 0.5 / 2
-    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "yes"]
+    # of both seeds the same difference: no spread
+    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "–", "yes"]
     assert report.report(dirs[1:])[2]["questions"] == ""  # a single run has no interval
     # with another run the first is all runs' setting, the second that of the two that are compared
     starpilot(tmp_path / "other", "uniform", 1, 20.0, num_envs=32)
@@ -432,8 +444,8 @@ def test_ours_stands_beside_jaxueds(tmp_path, theirs, said):
     asked = {question for question, _ in rows if question.startswith("Mazes")}
     assert asked == {beside, f"{where}does Robust PLR beat DR?"}
     assert [equal for question, equal in rows if question == beside] == ["steps"]
-    runs, difference, interval, published, answer = rows[beside, "steps"]
-    assert (runs, published, answer) == ("3, 3", "–", said)
+    runs, difference, interval, within, published, answer = rows[beside, "steps"]
+    assert (runs, within, published, answer) == ("3, 3", "–", "–", said)
     assert float(difference.replace("−", "-")) == pytest.approx(0.5 - theirs)
     half = 2.776445 * (2 * np.var([-0.02, 0, 0.03], ddof=1) / 3) ** 0.5  # Welch's t, by hand
     low, high = (float(x) for x in interval.replace("−", "-").strip("[]").split(", "))
@@ -590,12 +602,14 @@ def test_where_all_runs_have_played_random_mazes_these_are_asked_about_too(tmp_p
         (tmp_path / f"{curriculum}{seed}" / "worst_case.csv").write_text(rows)
     asked = table_of(report.report(tmp_path.iterdir())[0], "question", 2)
     question = "Mazes, 60M steps, random mazes: does Robust PLR beat DR?"
-    runs, difference, interval, published, said = asked[question, "steps"]
+    runs, difference, interval, within, published, said = asked[question, "steps"]
     # 0.5625 - 0.5; Welch by hand: variances 0.125 and 0.0078125 of two runs each
     degrees = (0.0625 + 0.00390625) ** 2 / (0.0625**2 + 0.00390625**2)
     half = stats.t.ppf(0.975, degrees) * (0.0625 + 0.00390625) ** 0.5
     assert (runs, difference) == ("2, 2", "+0.062")
     assert interval == f"[−{half - 0.0625:.3f}, +{half + 0.0625:.3f}]"
+    # within seeds: 0.25 and -0.125, so 0.0625 ± 12.7062 standard errors of 0.1875
+    assert within == f"[−{12.7062 * 0.1875 - 0.0625:.3f}, +{12.7062 * 0.1875 + 0.0625:.3f}]"
     assert (published, said) == ("–", report.TOO_FEW)
     (tmp_path / "dr2" / "worst_case.csv").unlink()
     assert "random mazes" not in report.report(tmp_path.iterdir())[0]
