@@ -199,12 +199,14 @@ def to_be_compared(better: Run, baseline: Run) -> bool:
 
 def question(section: Section, measured: str, better: Run, baseline: Run, brief: bool) -> str:
     """Of two variants, by a run of each. The settings that both have stand once, before it, or not
-    if it is to be brief."""
+    if it is to be brief; nor does the buffer's size then."""
     names = better.variant.split(", "), baseline.variant.split(", ")
     shared = [x for x in names[0] if x in names[1]]
     measured = "" if section.title.startswith(measured) else measured
     common = () if brief else (section.common, *shared)
     where = ", ".join(x for x in (section.title, *common, measured) if x)
+    if brief:
+        shared += [x for words in names for x in words if x.startswith("buffer_size ")]
     a, b = (", ".join(x for x in words if x not in shared) for words in names)
     if better.implementation == baseline.implementation:
         return f"{where}: does {a} beat {b}?"
@@ -237,9 +239,8 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
                 if all(run.unseen.size for run in (*runs, *others)):
                     last = [[run.solved["Unseen"] for run in x] for x in (runs, others)]
                     mean = [[run.unseen.mean() for run in x] for x in (runs, others)]
-                    scores["unseen mazes of this kind", "steps"] = last
-                    name = "unseen mazes of this kind, mean of the evaluations"
-                    scores[name, "steps"] = mean
+                    scores["unseen mazes", "steps"] = last
+                    scores["unseen mazes, mean of the evaluations", "steps"] = mean
             elif same and max(counts) < 1.05 * min(counts):
                 scores[task, updates] = final
             if same and max(counts) > 1.05 * min(counts):
