@@ -185,7 +185,7 @@ def test_evaluate_takes_other_flags(script, finished_run, brief, monkeypatch, tm
     else:
         assert (
             all(len(returns) == 3 for returns in episodes.values())
-            and videos == len(episodes) == 12
+            and videos == len(episodes) == 13
         )
     assert capsys.readouterr().out.endswith(f"every episode: {path}\n")
 
@@ -274,7 +274,7 @@ def test_each_evaluation_has_its_videos(script, watched_run):
         sorted((watched_run / "videos").rglob("*.gif")),
     )
     procgen = script is ppo_plr_procgen
-    per_evaluation, size, milliseconds = (1, (256, 256), 130) if procgen else (12, (360, 360), 100)
+    per_evaluation, size, milliseconds = (1, (256, 256), 130) if procgen else (13, (360, 360), 100)
     assert len(evaluations) == 2 and len(videos) == 2 * per_evaluation
     with Image.open(videos[-1]) as video:
         assert video.size == size
