@@ -276,7 +276,8 @@ def test_each_evaluation_has_its_videos(script, watched_run):
     procgen = script is ppo_plr_procgen
     per_evaluation, size, milliseconds = (1, (256, 256), 130) if procgen else (13, (360, 360), 100)
     assert len(evaluations) == 2 and len(videos) == 2 * per_evaluation
-    with Image.open(videos[-1]) as video:
+    last = next(x for x in videos[::-1] if procgen or x.stem == "SmallCorridor")
+    with Image.open(last) as video:
         assert video.size == size
         frames, duration = [], 0
         for i in range(video.n_frames):

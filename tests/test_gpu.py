@@ -428,7 +428,7 @@ def test_an_evaluation_with_graphs_equals_one_without(trainer, monkeypatch):
         (path,) = run_dir.glob("evaluation_*.json")
         episodes.append(json.loads(path.read_text())["episodes"])
         path.unlink()  # the next may be of the same second
-    assert len(episodes[0]) == 12
+    assert len(episodes[0]) == 13
     assert all(len(returns) == 2 for returns in episodes[0].values())
     assert episodes[0] == episodes[1]
 
