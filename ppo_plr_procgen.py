@@ -1702,9 +1702,9 @@ def append_row(path: Path, columns: dict[str, Any]) -> None:
     of the script began keeps its columns."""
     header = ""
     if path.exists():
-        with open(path) as file:
+        with open(path, errors="replace") as file:
             header = file.readline().strip()
-    names = header.split(",") if header else list(columns)
+    names = header.split(",") if header.startswith("global_step,") else list(columns)
     values = [columns.get(name, "") for name in names]
     cells = [f"{x:.6g}" if isinstance(x, float) else str(x) for x in values]
     row = ",".join(cells) + "\n"
