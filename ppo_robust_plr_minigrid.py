@@ -1670,7 +1670,7 @@ def evaluate(
     return {
         "solved_mean": float(rates.mean()),
         "solved_iqm": float(rates[quarter : len(rates) - quarter].mean()),
-        "return_mean": float(np.mean([returns[name].mean() for name in counted])),
+        "return_mean": float(np.mean([returns[name] for name in counted])),
         **{f"solved_{name}": x for name, x in solved.items()},
         **{f"return_{name}": float(x.mean()) for name, x in returns.items()},
         "episodes": {name: x.tolist() for name, x in returns.items()},

@@ -132,13 +132,10 @@ class Run:
 
 
 def read_columns(path: Path) -> dict[str, np.ndarray]:
+    """nan where a cell is empty: a later version of the script no longer has the column."""
     rows = read_csv(path)
-    """Empty where a later version of the script no longer writes a column: nan."""
-    return (
-        {key: np.array([float(row[key] or "nan") for row in rows]) for key in rows[0]}
-        if rows
-        else {}
-    )
+    names = rows[0] if rows else ()
+    return {name: np.array([float(row[name] or "nan") for row in rows]) for name in names}
 
 
 def read_run(run_dir: Path) -> Run:
@@ -191,9 +188,8 @@ class Section:
 
     def __post_init__(self):
         self.title = f"{self.kind}{self.levels}, {self.length} steps"
-        self.file = (
-            f"{self.kind.lower()}{self.levels.replace(',', '').replace(' ', '_')}_{self.length}"
-        )
+        levels = self.levels.replace(",", "").replace(" ", "_")
+        self.file = f"{self.kind.lower()}{levels}_{self.length}"
         self.runs = [run for runs in self.variants.values() for run in runs]
         # Of each variant the finished runs, or, where none is, those that have been evaluated.
         self.evaluated: dict[str, list[Run]] = {}
