@@ -6,6 +6,7 @@ import functools
 import hashlib
 import io
 import shutil
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -278,17 +279,30 @@ def test_perfect_mazes_have_one_path_between_any_two_cells():
         assert script.shortest_paths(maze)[0] > 0
 
 
-def test_named_mazes_are_solvable_and_take_turns_through_their_goals():
-    shape = {name: maze.shape for name, maze in script.NAMED_MAZES.items()}
-    assert (
-        shape.pop("LargeCorridor") == (19, 19)
-        and set(shape.values()) == {(13, 13)}
-        and len(shape) == 8
-    )
+def test_named_mazes_are_the_published_ones():
+    """Every cell, beside tests/data/mazes, and the lengths of their shortest paths."""
+    files = sorted((Path(__file__).parent / "data" / "mazes").glob("*.txt"))
+    assert [path.stem for path in files] == sorted(script.NAMED_MAZES)
+    for path in files:
+        rows = ["".join(row) for row in script.NAMED_MAZES[path.stem]]
+        assert rows == path.read_text().split(), path.stem
     paths = {
         name: script.shortest_paths(script.named_maze(name, 0))[0] for name in script.NAMED_MAZES
     }
-    assert min(paths.values()) > 0 and paths["Labyrinth"] == paths["Labyrinth2"] == 96
+    assert paths == {
+        "SixteenRooms": 20,
+        "Labyrinth": 96,
+        "Labyrinth2": 96,
+        "Maze": 40,
+        "Maze2": 56,
+        "SmallCorridor": 13,
+        "SixteenRoomsFewerDoors": 22,
+        "Maze3": 39,
+        "LargeCorridor": 19,
+    }
+
+
+def test_corridors_take_turns_through_their_goals():
     goals = {tuple(script.named_maze("SmallCorridor", episode).goal[0]) for episode in range(20)}
     assert len(goals) == 10 and (script.NAMED_MAZES["SmallCorridor"] == "g").sum() == 10
 
