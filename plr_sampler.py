@@ -112,7 +112,7 @@ def transform(
     power:      (x + offset) ** (1 / temperature), x >= 0: a negative x has no fractional power
     softmax:    exp(x / temperature)
 
-    Only ranks depend on the entries that are not `among`: these take ranks too, unless -inf.
+    The entries that are not `among` take ranks too, unless -inf, and count in eps_greedy's n.
     """
     y = x[among]
     if kind == "constant":
@@ -239,7 +239,9 @@ class LevelSampler:
     replay_schedule: str = "proportionate"
     rho: float = 1.0  # share of the levels or slots that must be seen before any is replayed
     nu: float = 0.5  # probability of a new level
-    alpha: float = 1.0  # weight of a new score in a level's running mean; 1 overwrites
+    # weight of a new score in a level's running mean, which begins at 0 (in a buffer: at the first
+    # score); 1 overwrites
+    alpha: float = 1.0
     stitch_episodes: bool = False  # score an episode that spans rollouts as a whole (Algorithm 4)
     returns_kept: int = 10  # returns remembered of each level, the last ones, for learnability
 
@@ -280,7 +282,7 @@ class LevelSampler:
         kinds = (
             "started",  # episodes
             "completed",
-            "dropped",  # cut off by `drop`: never scored
+            "dropped",  # abandoned by `drop`
             "replayed",  # levels drawn for replay
             "new",  # and others
             "evicted",  # levels that made room in the buffer
@@ -310,7 +312,8 @@ class LevelSampler:
 
         Returns (N,) int64, the level that each environment plays now. The episode in progress where
         done counts as completed: `drop` it first if it was abandoned. replay: None decides for each
-        episode (PLR); a bool imposes one decision (Robust PLR). levels (N,): no draw, start these.
+        episode (PLR); a bool imposes one decision (Robust PLR), but not on the baselines, which
+        never replay. levels (N,): no draw, start these.
         ValueError for other shapes, unknown levels, and if replay is asked for but none is seen.
         """
         done = self._per_env(done, "done").astype(bool)
@@ -327,7 +330,8 @@ class LevelSampler:
         return self.playing.copy()
 
     def drop(self, mask: ndarray) -> None:
-        """Abandons the episodes in progress where mask (N,) bool: they are never scored."""
+        """Abandons the episodes in progress where mask (N,) bool: what followed the last `update`
+        is never scored."""
         mask = self._per_env(mask, "mask").astype(bool) & (self.playing >= 0)
         self.counts["dropped"] += int(mask.sum())
         still_playing = set(self.playing[~mask].tolist())
@@ -717,7 +721,8 @@ class LevelSampler:
     _ARRAYS += ("_drawn_at", "_tail_level", "_tail_steps", "_tail_sum", "_tail_max")
 
     def state_dict(self) -> dict[str, Any]:
-        """All that decides the future, generator included: arrays, numbers and strings only."""
+        """All that changes, generator included: arrays, numbers and strings only. The options are
+        not among it: load it into a sampler made with the same."""
         candidates = self._candidates.values()
         returns = np.full((len(candidates), self.returns_kept), np.nan)
         for row, new in zip(returns, candidates):

@@ -134,7 +134,8 @@ class Args:
     score_transform: Literal["constant", "max", "eps_greedy", "rank", "power", "softmax"] = "rank"
     temperature: float = 0.1  # of the transform (the paper's beta): lower is greedier
     staleness_coef: float = 0.1  # share of replay by staleness (the paper's rho)
-    # P(replay): proportionate: the share of levels seen; fixed: 1 - nu
+    # P(replay), from rho on until all levels are seen: proportionate: the share of levels seen;
+    # fixed: 1 - nu
     replay_schedule: Literal["proportionate", "fixed"] = "proportionate"
     rho: float = 1.0  # share of levels seen before any replay: 1 as released, 0 as in the paper
     nu: float = 0.5  # with the fixed schedule: probability of a new level while there are any
@@ -231,7 +232,7 @@ class Agent(nn.Module):
             nn.init.constant_(layer.bias, 0.0)
 
     def hidden(self, x: Tensor) -> Tensor:
-        """(B, 64, 64, 3) uint8 -> (B, 256) float32. The heads after it are always float32."""
+        """(B, 64, 64, 3), 0 to 255 -> (B, 256) float32. The heads after it are always float32."""
         with torch.autocast(x.device.type, torch.bfloat16, enabled=self.bf16):
             # "bhwc" -> "bchw", which leaves the pixels in channels_last memory
             return self.network(x.permute(0, 3, 1, 2) / 255.0).float()
@@ -245,7 +246,7 @@ class Agent(nn.Module):
         action: Tensor | None = None,
         noise: Tensor | None = None,
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x (B, 64, 64, 3) uint8; noise (B, actions) of Exp(1), which decides the actions if given.
+        """x (B, 64, 64, 3), 0 to 255; noise (B, actions) of Exp(1) decides the actions if given.
 
         Returns action, its log-probability, entropy and value, each (B,), and the normalised
         logits (B, actions).
@@ -419,11 +420,11 @@ def train(args: Args, run: "Run") -> None:
     # ---- start the environments, or go on where the checkpoint is ----
     run.parts = {"agent": agent, "optimizer": optimizer, "sampler": sampler, "episodes": episodes}
     run.parts |= make_bandit(args)
-    next_done = np.zeros(N, bool)
     observation = run.restore(envs, own)
     if observation is None:
         observation = start_episodes(run, envs, sampler, own)
     next_obs.copy_(torch.from_numpy(observation))
+    next_done = episodes.sums["length"] == 0  # (N,) bool
     next_levels = sampler.playing.copy()  # (N,) int64
 
     for iteration in run.iterations(envs):
@@ -490,9 +491,9 @@ def train(args: Args, run: "Run") -> None:
             step_scores = to_numpy(1 - logits.exp().amax(-1))
         elif args.score == "min_margin":
             step_scores = to_numpy(1 + logits.exp().topk(2).values.diff(dim=-1).squeeze(-1))
-        elif args.score == "max_mc":  # Robust PLR: best return so far, in the scale of its day
+        elif args.score == "max_mc":  # Robust PLR: best return so far, scaled as it was then, - V
             step_scores = sampler.best_returns(levels).astype(np.float32) - b_values
-        elif args.score == "learnability":  # of returns that are no success or failure
+        elif args.score == "learnability":  # p (1 - p), were the returns 0 and 1
             step_scores = sampler.return_variance(levels)
         phase("sampler")
         sampler.update(levels, step_scores, ended)
@@ -550,6 +551,7 @@ def start_episodes(
             f"its environments were not saved: {len(everywhere)} episodes are dropped, others start"
         )
     sampler.drop(everywhere)
+    run.parts["episodes"].drop()
     observation, _ = envs.reset(seed=sampler.next_levels(everywhere)[own].tolist())
     return observation
 
@@ -594,6 +596,10 @@ class EpisodeStatistics:
     def _sum(self, name: str, x: np.ndarray, ended: np.ndarray, decay: float = 1.0) -> np.ndarray:
         sums, self.sums[name] = running_sums(self.sums[name], x, ended, decay)
         return sums
+
+    def drop(self) -> None:
+        """Abandons the episodes in progress; the scale of the rewards stays."""
+        self.sums = {name: np.zeros_like(sums) for name, sums in self.sums.items()}
 
     def state_dict(self) -> dict[str, Any]:
         rms = [float(x) for x in (self.rms.mean, self.rms.var, self.rms.count)]
@@ -708,6 +714,8 @@ def random_convolution(x: Tensor, draws: Draws) -> Tensor:
     """By a 3x3 kernel from 3 to 3 channels, of Xavier's normal distribution; not clipped."""
     b, h, w, c = x.shape
     kernels = draws.normal((2 / (9 * c + 9 * c)) ** 0.5, c, c, 3, 3)
+    if b == 0:  # a process of torchrun may have none of a small minibatch
+        return x.float()
     channels = x.permute(0, 3, 1, 2).reshape(1, b * c, h, w).float()
     # a group of channels for each image
     y = nn.functional.conv2d(channels, kernels.flatten(0, 1), padding=1, groups=b)
@@ -1249,6 +1257,9 @@ def check_args(args: Args) -> None:
     if args.curriculum != "plr":
         for_plr = "--curriculum plr"
         require_default(args, ["rho", "nu", "replay_schedule"], for_plr)
+    elif args.rho == 1:
+        why = "--rho below 1, since after all levels were seen every episode replays"
+        require_default(args, ["replay_schedule", "nu"], why)
     elif args.replay_schedule != "fixed":
         require_default(args, ["nu"], "--replay-schedule fixed")
     if args.score in ("gae", "max_mc"):
@@ -1262,7 +1273,8 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
 FAILURES: set[str] = set()  # of what is optional, that were said
-WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
+# what write_file writes in a run's directory
+WRITTEN = ("*.json", "*.pt", "*.csv", "wandb_id.txt")
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -1355,13 +1367,15 @@ class Run:
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
             patience.cancel()
+        patience.cancel()  # a killed run may have had only its result left to write
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """The first ends the run after its iteration, a second of its kind at once."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
         if RANK == 0:  # not by print, which a signal may have interrupted
-            text = b"finishing this iteration, then saving; again to stop now\n"
+            text = b"finishing this iteration, and an evaluation if one is due, then saving; "
+            text += b"again to stop now\n"
             with contextlib.suppress(OSError):
                 os.write(2, text)
 
@@ -1593,14 +1607,15 @@ class CudaGraph:
 class Profile:
     """With --profile: seconds by phase, and a trace of the last iteration.
 
-    A phase lasts until the next one begins, the GPU's work included. The first iteration warms up
-    and is left out.
+    A phase lasts until the next one begins, the GPU's work included. The process's first iteration
+    warms up and is left out, as are evaluations and checkpoints.
     """
 
     def __init__(self, enabled: bool, device: torch.device):
         self.enabled = enabled
         self.device = device
         self.seconds: Counter[str] = Counter()
+        self.warm = False
         self.running = False
         self.tracing = False
         self.name = ""  # of the running phase
@@ -1608,7 +1623,8 @@ class Profile:
         self.profiler = torch.profiler.profile()
 
     def begin(self, iteration: int, last: bool) -> None:
-        self.running = self.enabled and iteration > 1
+        self.running = self.enabled and self.warm
+        self.warm = True
         if not (self.enabled and last):
             return
         total = self.seconds.total()
@@ -1629,13 +1645,15 @@ class Profile:
             self.seconds[self.name] += now - self.started
         if self.range is not None:
             self.range.__exit__(None, None, None)
-        if self.tracing:
+            self.range = None
+        if self.tracing and name:
             self.range = torch.profiler.record_function(name)
             self.range.__enter__()
         self.name = name
         self.started = now
 
     def end(self, last: bool, directory: Path) -> None:
+        self.phase("")
         if self.enabled and last:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(directory / f"trace_{RANK}.json.gz"))
@@ -1681,20 +1699,25 @@ def fingerprint(state: Any) -> str:
 
 
 def write_file(path: Path, content: Any) -> None:
-    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or
-    the new one."""
+    """bytes; else .pt for torch.load(weights_only=True), or JSON, which has null for nan. A crash
+    leaves the old file or the new one."""
     if path.suffix == ".pt":
         buffer = io.BytesIO()
         torch.save(default_convert(content), buffer)
         content = buffer.getvalue()
     elif not isinstance(content, bytes):
+        content = json.loads(json.dumps(content), parse_constant=lambda nan: None)
         content = json.dumps(content, indent=2).encode()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk has room again for what the error was
+        raise
 
 
 def append_row(path: Path, columns: dict[str, Any]) -> None:
@@ -1859,7 +1882,8 @@ def choose_device(args: Args) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def maybe_compile(function: Callable[..., Any], args: Args) -> Callable[..., Any]:
@@ -1887,6 +1911,8 @@ def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.
 
     def keep_options(optimizer: optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of another device brings the moments, not the options."""
+        if args.anneal_lr:  # where no iteration is left to set it
+            optimizer.param_groups[0]["lr"].fill_(float(state["param_groups"][0]["lr"]))
         return state | {"param_groups": optimizer.state_dict()["param_groups"]}
 
     optimizer.register_load_state_dict_pre_hook(keep_options)
@@ -2067,6 +2093,8 @@ def whole_number(text: str) -> str:
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """The flags, and the checkpoint of the run in --resume or --evaluate."""
     args = read_flags()
+    for name in ("run_dir", "resume", "evaluate"):  # a batch script's variable may be empty
+        require(args, [name], lambda x: x != "", "a directory")
     if args.evaluate and args.resume:
         refuse(f"--resume {args.resume} does nothing with --evaluate.")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
@@ -2127,18 +2155,21 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     agent = make_agent(make_envs(args, 1, device), args).to(device)
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError:
-        other = f"another network than the run in --evaluate {args.evaluate}"
-        refuse(f"--env-id {args.env_id} has {other}: its observations or actions differ.")
+    except RuntimeError as error:
+        why = str(error).splitlines()[1].strip()
+        refuse(f"--evaluate {args.evaluate} has another network than these flags make: {why}")
     result = evaluate(agent, args, device, video)
     of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}
-    write_file(path, result | checkpoint["totals"] | of_run)
     for name, x in result.items():
         if name != "episodes":
             say(f"{name}: {x:.3f}")
-    say(f"every episode: {path}")
-    for another in FINAL_EVALUATIONS:
-        another(agent, args, device, path.parent, checkpoint["global_step"])
+    try:
+        write_file(path, result | checkpoint["totals"] | of_run)
+        say(f"every episode: {path}")
+        for another in FINAL_EVALUATIONS:
+            another(agent, args, device, path.parent, checkpoint["global_step"])
+    except OSError as error:
+        refuse(f"--evaluate {args.evaluate} cannot be written: {error.strerror}.", status=1)
 
 
 def main() -> None:
@@ -2161,8 +2192,10 @@ def main() -> None:
                 (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
             what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
             details = f"{directory}/error_{RANK}.txt has details"
-            resume = f"to go on: --resume {shlex.quote(str(directory))}"
-            refuse(f"{what}. {details}; {resume}", status=1)
+            again = "there is no checkpoint to go on from"
+            if (directory / "checkpoint.pt").exists():
+                again = f"to go on: --resume {shlex.quote(str(directory))}"
+            refuse(f"{what}. {details}; {again}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
         with contextlib.suppress(AttributeError, OSError, ValueError):
             sys.stdout.flush()

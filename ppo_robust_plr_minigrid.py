@@ -3,7 +3,7 @@
     python ppo_robust_plr_minigrid.py                    # Robust PLR with the published settings
     python ppo_robust_plr_minigrid.py --curriculum plr   # PLR: also learns on new levels
     python ppo_robust_plr_minigrid.py --curriculum dr    # domain randomisation: new levels only
-    python ppo_robust_plr_minigrid.py --curriculum accel --num-walls 0  # edits replayed levels
+    python ppo_robust_plr_minigrid.py --curriculum accel --num-walls 0  # published: see README
     python ppo_robust_plr_minigrid.py --env-id MiniGrid-MultiRoom-N4-S5-v0  # any MiniGrid
     python ppo_robust_plr_minigrid.py --resume runs/RUN  # from the last checkpoint on
     torchrun --nproc-per-node 8 ppo_robust_plr_minigrid.py  # several GPUs, one curriculum
@@ -83,7 +83,7 @@ SCORES = (
 FIRST_TEST_LEVEL = 2**30
 FIRST_EDITED_LEVEL = 2**31  # from here on: mazes that were made by edits, with --curriculum accel
 REPLAY_ONLY = ("robust_plr", "accel")  # the curricula that learn on replayed levels only
-# "image" (N, height, width, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
+# "image" (N, width, height, 3) uint8 and "direction" (N,) int64, as MiniGrid gives them
 Obs = dict[str, Tensor]
 
 
@@ -101,10 +101,10 @@ class Args:
 
     # Environment
     env_id: str = "maze"  # mazes as tensors, or a registered MiniGrid environment's reset seeds
-    num_walls: int = 25  # blocks placed in a maze, with replacement (ACCEL: 60, varied)
+    num_walls: int = 25  # blocks placed in a maze, with replacement (DR beside ACCEL: 60, varied)
     vary_num_walls: bool = False  # draw each maze's number of blocks from 0 to --num-walls
     maze_size: int = 15  # cells along a side of a maze, border included
-    max_steps: int | None = None  # time limit (mazes: 250; registered environments: their own)
+    max_steps: int | None = None  # time limit (mazes: 250; other environments: their own, or less)
     redraw_direction: bool = False  # draw the start direction at every reset, as dcd; mazes only
     compass: bool = True  # off: the agent's direction input is constant, as dcd's published agents'
 
@@ -148,8 +148,8 @@ class Args:
     num_edits: int = 5  # cells drawn for the edit of a level, with replacement
     # the levels to edit. batch: that which each environment's replay rollout began with; lowest,
     # highest: the 4 of these with the lowest or highest mean return, num_envs / 4 children of each.
-    # dcd's released code selects by lowest return and calls it "easy"; until a fix in 2023 it
-    # edited one level only, environment 0's
+    # dcd's released code selects by lowest return minus value loss and calls it "easy"; until a fix
+    # in 2023 it edited one level only, environment 0's
     accel_base: Literal["batch", "lowest", "highest"] = "batch"
 
     # Evaluation
@@ -213,13 +213,13 @@ class Agent(nn.Module):
     def __init__(self, envs: gym.vector.VectorEnv, precision: str = "fp32"):
         super().__init__()
         self.view = envs.single_observation_space["image"].shape
-        h, w, c = self.view
+        w, h, c = self.view
         self.bf16 = precision == "bf16"
         self.num_actions = int(envs.single_action_space.n)
         self.conv = nn.Conv2d(c, 16, kernel_size=3)
         self.direction = nn.Embedding(4, 5)
         nn.init.uniform_(self.direction.weight, -0.5, 0.5)  # as the weights of dcd's linear layer
-        inputs = 16 * (h - 2) * (w - 2) + 5 + 1  # convolution, direction, the mark of a gap
+        inputs = 16 * (w - 2) * (h - 2) + 5 + 1  # convolution, direction, the mark of a gap
         # padded to a multiple of 32 (AMX tiles): bf16 is faster so
         self.lstm = nn.LSTM(math.ceil(inputs / 32) * 32, 256)
         for name, parameter in self.lstm.named_parameters():
@@ -237,11 +237,11 @@ class Agent(nn.Module):
     def conv_matrix(self) -> tuple[Tensor, Tensor]:
         """The convolution of pixels / 10 as a matrix product, faster for so few pixels: weight
         (75, 144) and bias (144,) for 5 x 5 views."""
-        h, w, c = self.view
-        one_hot = torch.eye(h * w * c, device=self.conv.weight.device)
-        one_hot = one_hot.view(-1, h, w, c).permute(0, 3, 1, 2)  # "bhwc" -> "bchw"
+        w, h, c = self.view
+        one_hot = torch.eye(w * h * c, device=self.conv.weight.device)
+        one_hot = one_hot.view(-1, w, h, c).permute(0, 3, 1, 2)  # "bwhc" -> "bcwh"
         weight = nn.functional.conv2d(one_hot, self.conv.weight / 10.0).flatten(1)
-        return weight, self.conv.bias.repeat_interleave((h - 2) * (w - 2))
+        return weight, self.conv.bias.repeat_interleave((w - 2) * (h - 2))
 
     @torch.no_grad()
     def prepare_to_act(self) -> None:
@@ -746,9 +746,9 @@ def overwrite(fixed: Obs, obs: Obs) -> None:
 def finished_episodes(args: Args, rewards: np.ndarray, ended: np.ndarray) -> dict[str, np.ndarray]:
     """rewards (T, N) float32, ended (T, N) bool -> return and length of the episodes that ended,
     in order of time and environment."""
-    if needs_whole_episodes(args) and not ended.any(axis=0).all():
-        longer = "a level has a longer time limit than the ten that were tried. Start with more"
-        refuse(f"--num-steps {args.num_steps} cuts off an episode: {longer}.", status=1)
+    with optional("scoring a level"):  # one with a longer time limit than check_environment saw
+        if needs_whole_episodes(args) and not ended.any(axis=0).all():
+            raise ValueError(f"its time limit is above --num-steps {args.num_steps}")
     none_before = np.zeros(rewards.shape[1])
     returns, _ = running_sums(none_before, rewards, ended)
     lengths, _ = running_sums(none_before, np.ones_like(rewards), ended)
@@ -1619,7 +1619,8 @@ def evaluation_environments(
 ) -> Iterator[tuple[str, gym.vector.VectorEnv, dict]]:
     """Name, eval_episodes environments, and their reset, to levels that are the same for every run:
     named and perfect mazes, time limit 2 * size ** 2, two of the package's, and random mazes made
-    as the run's are but never trained on; for another --env-id its levels never trained on."""
+    as the run's are but never trained on; for another --env-id its reset seeds never trained on,
+    the same levels where few differ (DoorKey-5x5: 48)."""
     n = args.eval_episodes
     levels = {"seed": list(range(FIRST_TEST_LEVEL, FIRST_TEST_LEVEL + n))}
     if args.env_id != "maze":
@@ -1817,7 +1818,8 @@ def check_args(args: Args) -> None:
         why = "2 are needed to normalise their advantages"
         refuse(f"--num-minibatches {args.num_minibatches} leaves 1 sample in a minibatch: {why}.")
     check_curriculum(args)
-    check_budget(args)
+    if not args.evaluate:
+        check_budget(args)
     time_limit = args.max_steps
     if args.env_id != "maze":
         if args.curriculum == "accel":
@@ -1828,7 +1830,10 @@ def check_args(args: Args) -> None:
         require_default(args, [*of_mazes, "compile"], "--env-id maze")
         why = "regret needs the best possible return, which is known of --env-id maze only"
         require(args, ["score"], lambda x: x != "regret", f"another: {why}")
-        time_limit = check_environment(args.env_id, args.max_steps)
+        longest = check_environment(args.env_id)
+        own = f"at most {longest}, the time limit of --env-id {args.env_id}"
+        require(args, ["max_steps"], lambda x: x <= longest, own)
+        time_limit = args.max_steps or longest
     if args.env_id == "maze":
         most = (args.maze_size - 2) ** 2 - 2
         cells = f"the cells of --maze-size {args.maze_size} but two"
@@ -1846,7 +1851,7 @@ def check_args(args: Args) -> None:
     if args.score in ("gae", "max_mc"):
         another = f"another: --score {args.score} can be negative"
         require(args, ["score_transform"], lambda x: x != "power", another)
-    if needs_whole_episodes(args):
+    if needs_whole_episodes(args) and not args.evaluate:
         why = "an episode that is cut off is not scored"
         if args.bootstrap_timeouts:
             why = f"{args.score} needs whole episodes"
@@ -1884,21 +1889,21 @@ def check_budget(args: Args) -> None:
     first = args.batch_size * (3 if args.profile else 1)
     why = "--num-envs x --num-steps, three times with --profile"
     if args.curriculum in REPLAY_ONLY:
-        fill = math.ceil(args.rho * args.buffer_size)
+        fill = max(1, math.ceil(args.rho * args.buffer_size))
         first = max(first, args.batch_size * (1 + math.ceil(fill / args.num_envs)))
         why = f"{args.curriculum} learns nothing before the buffer holds --rho x --buffer-size"
         why += f" = {fill} levels"
     require(args, ["total_timesteps"], lambda x: x >= first, f"at least {first}: {why}")
 
 
-def check_environment(env_id: str, max_steps: int | None) -> int:
-    """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns its
-    time limit."""
+def check_environment(env_id: str) -> int:
+    """Refuses what is not a MiniGrid environment whose reset seed decides the level; returns the
+    longest time limit of ten levels."""
     starts = {}
     time_limit = 0
     try:
         env = gym.make(env_id)
-        limits = [x for x in (max_steps, env.spec.max_episode_steps) if x is not None]
+        most = env.spec.max_episode_steps or math.inf
         space = env.observation_space
         env = env.unwrapped
         if not isinstance(env, MiniGridEnv):
@@ -1910,7 +1915,7 @@ def check_environment(env_id: str, max_steps: int | None) -> int:
             start = (env.grid.encode().tobytes(), direction, tuple(env.agent_pos))
             if starts.setdefault(level, start) != start:
                 raise ValueError("two resets with one seed, which must decide the level, differ")
-            time_limit = max(time_limit, min(env.max_steps, *limits, math.inf))
+            time_limit = max(time_limit, min(env.max_steps, most))
         if len(set(starts.values())) == 1:
             raise ValueError("its levels are all alike, so there is nothing to choose from")
     except Exception as error:  # or not registered: Gymnasium knows what was perhaps meant
@@ -1925,7 +1930,8 @@ RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
 FAILURES: set[str] = set()  # of what is optional, that were said
-WRITTEN = ("args.json", "checkpoint.pt", "progress.csv", "evaluations.csv", "result.json")
+# what write_file writes in a run's directory
+WRITTEN = ("*.json", "*.pt", "*.csv", "wandb_id.txt")
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -2018,13 +2024,15 @@ class Run:
             self.profile.begin(self.iteration, self.last)
             yield self.iteration
             patience.cancel()
+        patience.cancel()  # a killed run may have had only its result left to write
 
     def _on_signal(self, number: int, frame: Any) -> None:
         """The first ends the run after its iteration, a second of its kind at once."""
         self.signals.append(number)
         signal.signal(number, signal.SIG_DFL)
         if RANK == 0:  # not by print, which a signal may have interrupted
-            text = b"finishing this iteration, then saving; again to stop now\n"
+            text = b"finishing this iteration, and an evaluation if one is due, then saving; "
+            text += b"again to stop now\n"
             with contextlib.suppress(OSError):
                 os.write(2, text)
 
@@ -2256,14 +2264,15 @@ class CudaGraph:
 class Profile:
     """With --profile: seconds by phase, and a trace of the last iteration.
 
-    A phase lasts until the next one begins, the GPU's work included. The first iteration warms up
-    and is left out.
+    A phase lasts until the next one begins, the GPU's work included. The process's first iteration
+    warms up and is left out, as are evaluations and checkpoints.
     """
 
     def __init__(self, enabled: bool, device: torch.device):
         self.enabled = enabled
         self.device = device
         self.seconds: Counter[str] = Counter()
+        self.warm = False
         self.running = False
         self.tracing = False
         self.name = ""  # of the running phase
@@ -2271,7 +2280,8 @@ class Profile:
         self.profiler = torch.profiler.profile()
 
     def begin(self, iteration: int, last: bool) -> None:
-        self.running = self.enabled and iteration > 1
+        self.running = self.enabled and self.warm
+        self.warm = True
         if not (self.enabled and last):
             return
         total = self.seconds.total()
@@ -2292,13 +2302,15 @@ class Profile:
             self.seconds[self.name] += now - self.started
         if self.range is not None:
             self.range.__exit__(None, None, None)
-        if self.tracing:
+            self.range = None
+        if self.tracing and name:
             self.range = torch.profiler.record_function(name)
             self.range.__enter__()
         self.name = name
         self.started = now
 
     def end(self, last: bool, directory: Path) -> None:
+        self.phase("")
         if self.enabled and last:
             self.profiler.stop()
             self.profiler.export_chrome_trace(str(directory / f"trace_{RANK}.json.gz"))
@@ -2344,20 +2356,25 @@ def fingerprint(state: Any) -> str:
 
 
 def write_file(path: Path, content: Any) -> None:
-    """bytes; else .pt for torch.load(weights_only=True), or JSON. A crash leaves the old file or
-    the new one."""
+    """bytes; else .pt for torch.load(weights_only=True), or JSON, which has null for nan. A crash
+    leaves the old file or the new one."""
     if path.suffix == ".pt":
         buffer = io.BytesIO()
         torch.save(default_convert(content), buffer)
         content = buffer.getvalue()
     elif not isinstance(content, bytes):
+        content = json.loads(json.dumps(content), parse_constant=lambda nan: None)
         content = json.dumps(content, indent=2).encode()
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    with open(temporary, "wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk has room again for what the error was
+        raise
 
 
 def append_row(path: Path, columns: dict[str, Any]) -> None:
@@ -2522,7 +2539,8 @@ def choose_device(args: Args) -> torch.device:
 def device_name(device: torch.device) -> str:
     if device.type == "cuda":
         return torch.cuda.get_device_name()
-    return f"{torch.get_num_threads()} CPU threads"
+    threads = torch.get_num_threads()
+    return f"{threads} CPU thread{'s' if threads > 1 else ''}"
 
 
 def maybe_compile(function: Callable[..., Any], args: Args) -> Callable[..., Any]:
@@ -2550,6 +2568,8 @@ def make_optimizer(agent: nn.Module, args: Args, device: torch.device) -> optim.
 
     def keep_options(optimizer: optim.Optimizer, state: dict[str, Any]) -> dict[str, Any]:
         """A checkpoint of another device brings the moments, not the options."""
+        if args.anneal_lr:  # where no iteration is left to set it
+            optimizer.param_groups[0]["lr"].fill_(float(state["param_groups"][0]["lr"]))
         return state | {"param_groups": optimizer.state_dict()["param_groups"]}
 
     optimizer.register_load_state_dict_pre_hook(keep_options)
@@ -2730,6 +2750,8 @@ def whole_number(text: str) -> str:
 def parse_args() -> tuple[Args, dict[str, Any] | None]:
     """The flags, and the checkpoint of the run in --resume or --evaluate."""
     args = read_flags()
+    for name in ("run_dir", "resume", "evaluate"):  # a batch script's variable may be empty
+        require(args, [name], lambda x: x != "", "a directory")
     if args.evaluate and args.resume:
         refuse(f"--resume {args.resume} does nothing with --evaluate.")
     restarted = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"  # by --max-restarts
@@ -2790,18 +2812,21 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     agent = make_agent(make_envs(args, 1, device), args).to(device)
     try:
         agent.load_state_dict(checkpoint["agent"])
-    except RuntimeError:
-        other = f"another network than the run in --evaluate {args.evaluate}"
-        refuse(f"--env-id {args.env_id} has {other}: its observations or actions differ.")
+    except RuntimeError as error:
+        why = str(error).splitlines()[1].strip()
+        refuse(f"--evaluate {args.evaluate} has another network than these flags make: {why}")
     result = evaluate(agent, args, device, video)
     of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}
-    write_file(path, result | checkpoint["totals"] | of_run)
     for name, x in result.items():
         if name != "episodes":
             say(f"{name}: {x:.3f}")
-    say(f"every episode: {path}")
-    for another in FINAL_EVALUATIONS:
-        another(agent, args, device, path.parent, checkpoint["global_step"])
+    try:
+        write_file(path, result | checkpoint["totals"] | of_run)
+        say(f"every episode: {path}")
+        for another in FINAL_EVALUATIONS:
+            another(agent, args, device, path.parent, checkpoint["global_step"])
+    except OSError as error:
+        refuse(f"--evaluate {args.evaluate} cannot be written: {error.strerror}.", status=1)
 
 
 def main() -> None:
@@ -2824,8 +2849,10 @@ def main() -> None:
                 (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
             what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
             details = f"{directory}/error_{RANK}.txt has details"
-            resume = f"to go on: --resume {shlex.quote(str(directory))}"
-            refuse(f"{what}. {details}; {resume}", status=1)
+            again = "there is no checkpoint to go on from"
+            if (directory / "checkpoint.pt").exists():
+                again = f"to go on: --resume {shlex.quote(str(directory))}"
+            refuse(f"{what}. {details}; {again}", status=1)
     if WORLD > 1:  # gloo's threads can abort the interpreter's shutdown: skip it
         with contextlib.suppress(AttributeError, OSError, ValueError):
             sys.stdout.flush()

@@ -151,6 +151,7 @@ def test_parameters_are_drawn_from_the_whole_of_their_ranges():
     script.random_convolution(x, draws)
     # Xavier: 2 / (fan in + fan out), each 3 channels x 9
     assert draws.drawn[0].std().item() == pytest.approx((2 / 54) ** 0.5, rel=0.02)
+    assert script.random_convolution(x[:0], Noted(0)).shape == (0, *x.shape[1:])
     draws = Noted(n)
     script.color_jitter(x, draws)
     ranges = [(0.6, 1.4)] * 3 + [(-0.5, 0.5)]
@@ -411,7 +412,9 @@ def test_an_impoola_run_can_be_evaluated_and_another_encoder_is_refused(
     assert "test_return_clean: " in capsys.readouterr().out
     with pytest.raises(SystemExit) as stop:
         main(monkeypatch, f"--evaluate {tmp_path}/run --encoder impala")
-    assert stop.value.code == 2 and "another network" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    expected = f"error: --evaluate {tmp_path}/run has another network than these flags make: "
+    assert stop.value.code == 2 and message.startswith(expected + "Missing key(s)")
 
 
 # ---- flawed test levels --------------------------------------------------------------------------

@@ -113,7 +113,7 @@ def test_what_a_person_sees(script, finished_run):
         re.search(rf"{line}train return \S+ \| {last}", out)
         and "Gym has been unmaintained" not in out + err
     )
-    assert torch.cuda.is_available() or "training on 1 CPU threads" in out
+    assert torch.cuda.is_available() or "training on 1 CPU thread\n" in out
 
 
 CHANGES = {
@@ -447,6 +447,9 @@ BAD = {
         "--seed -1": "--seed -1 must be at least 0",
         "--seed 99999999999999999999": "must be at least 0 and below 2**63",
         "--alpha 0": "--alpha 0.0 must be above 0 and at most 1",
+        "--run-dir=": "--run-dir  must be a directory",
+        "--resume=": "--resume  must be a directory",
+        "--evaluate=": "--evaluate  must be a directory",
         "--run-dir /dev/null/run": "--run-dir /dev/null/run cannot be written: Not a directory",
         "--evaluate /nonexistent": "--evaluate /nonexistent is not a run that can be loaded",
         "--track": "--track needs Weights and Biases",
@@ -513,6 +516,8 @@ BAD = {
         "x --num-steps",
         "--total-timesteps 500000": "must be at least 524288: robust_plr learns nothing before "
         "the buffer holds --rho",
+        "--rho 0 --total-timesteps 16383": "must be at least 16384: robust_plr learns nothing "
+        "before the buffer holds --rho x --buffer-size = 1 levels",
         "--replay-prob 0": "--replay-prob 0.0 must be above 0: robust_plr learns from replayed "
         "levels only",
         "--curriculum accel --replay-prob 0": "--replay-prob 0.0 must be above 0: accel learns "

@@ -5,6 +5,7 @@ import fcntl
 import functools
 import itertools
 import json
+import math
 import os
 import random
 import re
@@ -277,13 +278,60 @@ time.time = lambda: 1.7e9 + time.perf_counter() / 1e5
 def test_temporary_files_of_a_killed_process_go_and_those_of_others_stay(
     script, monkeypatch, tmp_path
 ):
-    mine = tmp_path / "checkpoint.pt.4242.tmp"
+    mine = [tmp_path / f"{name}.4242.tmp" for name in ("checkpoint.pt", "evaluation_17.json")]
     others = tmp_path / "thesis.tmp"
-    mine.write_bytes(b"half a checkpoint")
+    for path in mine:
+        path.write_bytes(b"half a file")
     others.write_bytes(b"a chapter")
     flags = f"{TINY[script.__name__]} {HALF[script]} --run-dir {tmp_path}"
     main(script, monkeypatch, flags)
-    assert not mine.exists() and others.read_bytes() == b"a chapter"
+    assert not any(path.exists() for path in mine) and others.read_bytes() == b"a chapter"
+
+
+def test_what_could_not_be_written_leaves_the_old_file_and_takes_no_room(
+    script, monkeypatch, tmp_path
+):
+    path = tmp_path / "result.json"
+    script.write_file(path, {"known": 1.5, "not known": math.nan, "list": [math.inf]})
+    old = path.read_text()
+    assert json.loads(old) == {"known": 1.5, "not known": None, "list": [None]}
+
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError):
+        script.write_file(path, {"known": 2.5})
+    assert list(tmp_path.iterdir()) == [path] and path.read_text() == old
+
+
+def test_a_start_that_fails_does_not_advise_to_resume(script, monkeypatch, tmp_path, capsys):
+    def broken(*args):
+        raise ValueError("a fork's mistake")
+
+    monkeypatch.setattr(script, "make_agent", broken)
+    with pytest.raises(SystemExit) as stop:
+        main(script, monkeypatch, f"{TINY[script.__name__]} --run-dir {tmp_path}/run")
+    message = capsys.readouterr().err
+    assert stop.value.code == 1 and "a fork's mistake. " in message
+    assert message.endswith("has details; there is no checkpoint to go on from\n")
+
+
+def test_an_evaluation_that_cannot_be_written_is_shown(
+    script, brief_run, brief, monkeypatch, tmp_path, capsys
+):
+    shutil.copytree(brief_run(script), run_dir := tmp_path / "run")
+
+    def read_only(path, content):
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(script, "write_file", read_only)
+    with pytest.raises(SystemExit) as stop:
+        main(script, monkeypatch, f"--evaluate {run_dir}")
+    printed = capsys.readouterr()
+    assert "_mean: " in printed.out or "test_return: " in printed.out
+    expected = f"error: --evaluate {run_dir} cannot be written: Read-only file system.\n"
+    assert stop.value.code == 1 and printed.err == expected
 
 
 @pytest.mark.parametrize("script", ONE)
@@ -667,6 +715,8 @@ USELESS = {  # flags -> the one that does nothing
         "--curriculum sequential --rho 0.5": "--rho 0.5",
         "--curriculum uniform --replay-schedule fixed": "--replay-schedule fixed",
         "--nu 0.3": "--nu 0.3",
+        "--rho 0.5 --nu 0.3": "--nu 0.3",
+        "--replay-schedule fixed --nu 0.3": "--replay-schedule fixed",
         "--score-transform max --temperature 0.5": "--temperature 0.5",
         "--score-transform constant --temperature 0.5": "--temperature 0.5",
     },
@@ -730,22 +780,26 @@ def test_max_steps_is_the_time_limit_of_a_registered_environment(monkeypatch, tm
     expected = "--num-steps 5 must be at least 6, the time limit"
     with monkeypatch.context() as patch:
         assert_refused(script, patch, tmp_path, capsys, flags, expected)
+    flags = f"{ROOMS} --env-id Limited-v0 --max-steps 7"
+    expected = "--max-steps 7 must be at most 6, the time limit of --env-id Limited-v0"
+    with monkeypatch.context() as patch:
+        assert_refused(script, patch, tmp_path, capsys, flags, expected)
     flags = f"{ROOMS} --env-id Rooms-v0 --max-steps 3 --eval-interval 1"
     main(script, monkeypatch, f"{flags} --run-dir {tmp_path}/run")
     lengths = [row["episodic_length"] for row in rows(tmp_path / "run/progress.csv")]
     assert max(lengths) <= 3 and min(lengths) > 1
 
 
-def test_a_level_that_is_longer_than_those_tried_ends_the_run_with_a_sentence(
+def test_a_level_that_is_longer_than_those_tried_is_said_once_and_not_scored(
     monkeypatch, tmp_path, capsys
 ):
     script = ppo_robust_plr_minigrid
     register(monkeypatch, "Rooms-v0", Rooms, kwargs={"longer": 60})
-    with pytest.raises(SystemExit) as stop:
-        main(script, monkeypatch, f"{ROOMS} --env-id Rooms-v0 --run-dir {tmp_path}/run")
-    message = capsys.readouterr().err
-    assert stop.value.code == 1 and message.count("\n") == 1
-    assert "--num-steps 8 cuts off an episode: a level has a longer time limit" in message
+    main(script, monkeypatch, f"{ROOMS} --env-id Rooms-v0 --run-dir {tmp_path}/run")
+    expected = "scoring a level failed, the run goes on: ValueError: its time limit is above "
+    assert capsys.readouterr().out.count(expected + "--num-steps 8\n") == 1
+    progress = rows(tmp_path / "run/progress.csv")
+    assert sum(row["dropped"] for row in progress[-1:]) > 0
 
 
 SPELLINGS = {
@@ -886,7 +940,8 @@ def test_a_signal_is_answered_at_once(number, script, monkeypatch, tmp_path, cap
     after_updates(script, monkeypatch, 1, interrupt)
     with pytest.raises(SystemExit):
         main(script, monkeypatch, f"{TINY[script.__name__]} --run-dir {tmp_path}/run")
-    assert seen == ["finishing this iteration, then saving; again to stop now\n"]
+    finishing = "finishing this iteration, and an evaluation if one is due, then saving"
+    assert seen == [f"{finishing}; again to stop now\n"]
 
 
 def importing(script, flags: str, **options) -> subprocess.Popen:

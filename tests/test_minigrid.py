@@ -605,7 +605,7 @@ def corridor(monkeypatch, no_evaluation):
     monkeypatch.setattr(
         script, "make_envs", lambda args, num_envs, device: TensorCorridor(num_envs)
     )
-    monkeypatch.setattr(script, "check_environment", lambda env_id, max_steps: 5)
+    monkeypatch.setattr(script, "check_environment", lambda env_id: 5)
     monkeypatch.setattr(script, "level_pictures", lambda *args: {})
     return watch_sampler(script, monkeypatch)
 

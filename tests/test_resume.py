@@ -201,12 +201,16 @@ def test_rows_after_the_checkpoint_are_cut_and_none_is_doubled(
     assert_same_run(tmp_path / "half", whole)
 
 
-def test_a_run_killed_just_before_its_result_writes_that(script, brief_run, monkeypatch, tmp_path):
-    shutil.copytree(brief_run(script), tmp_path / "run")
+@pytest.mark.parametrize("annealed", [False, True])
+def test_a_run_killed_just_before_its_result_writes_that(
+    annealed, script, brief_run, monkeypatch, tmp_path
+):
+    whole = brief_run(script, f"--anneal-lr {HALF[script]}") if annealed else brief_run(script)
+    shutil.copytree(whole, tmp_path / "run")
     (tmp_path / "run/result.json").unlink()
     main(script, monkeypatch, f"--resume {tmp_path}/run")
-    assert_same_run(tmp_path / "run", brief_run(script))
-    assert result_of(tmp_path / "run")["evaluation"] == result_of(brief_run(script))["evaluation"]
+    assert_same_run(tmp_path / "run", whole)
+    assert result_of(tmp_path / "run")["evaluation"] == result_of(whole)["evaluation"]
 
 
 @pytest.mark.slow
@@ -216,7 +220,16 @@ def test_environments_that_cannot_be_saved_start_again_and_the_ledger_says_so(
     script = ppo_plr_procgen
     monkeypatch.delattr(script.ProcgenLevels, "get_state")
     main(script, monkeypatch, f"{TINY[script.__name__]} {HALF[script]} --run-dir {tmp_path}/run")
+    sums = []
+    add = script.EpisodeStatistics.add
+
+    def watched(self, *args):
+        sums.append(np.stack(list(self.sums.values())))
+        return add(self, *args)
+
+    monkeypatch.setattr(script.EpisodeStatistics, "add", watched)
     main(script, monkeypatch, f"--resume {tmp_path}/run --total-timesteps 384")
+    assert (sums[0] == 0).all() and (sums[1] != 0).any()  # of other episodes than before
     for row in (progress := rows(tmp_path / "run/progress.csv")):
         assert_ledger_balances(row)
     assert progress[-1]["dropped"] == 4 and len(progress) == 4
@@ -280,10 +293,10 @@ def test_flags_that_contradict_the_run_are_refused_by_name(
 # ---- faults --------------------------------------------------------------------------------------
 
 
-def assert_stopped(done: subprocess.CompletedProcess, run_dir: Path, *expected: str) -> None:
+def assert_stopped(done: subprocess.CompletedProcess, *expected: str) -> None:
     """One sentence that says what and how to go on, exit status 1."""
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
-    assert all(part in line for part in (*expected, f"--resume {run_dir}")), line
+    assert all(part in line for part in expected), line
     assert done.returncode == 1 and "Traceback" not in done.stderr, done.stderr
 
 
@@ -309,7 +322,7 @@ def test_a_full_disk_loses_no_more_than_what_is_after_the_last_checkpoint(
         done = Process(
             script, f"{flags} --run-dir {disk}/run", tmp_path / "printed", prelude
         ).wait()
-        assert_stopped(done, disk / "run", expected)
+        assert_stopped(done, expected, f"to go on: --resume {disk}/run")
         shutil.copytree(disk / "run", tmp_path / "run")
     finally:
         if kind == "tmpfs":
@@ -331,7 +344,7 @@ s.LevelSampler.update = renamed"""
     done = Process(
         script, f"{TINY[script.__name__]} --run-dir {run_dir}", tmp_path / "printed", prelude
     ).wait()
-    assert_stopped(done, run_dir, "FileNotFoundError", str(run_dir))
+    assert_stopped(done, "FileNotFoundError", str(run_dir), "no checkpoint to go on from")
 
 
 @pytest.mark.parametrize(
@@ -359,7 +372,12 @@ def poisoned(self, actions):
     return obs, reward * float("nan") if len(calls) == {calls} else reward, *rest
 s.{envs}.step = poisoned"""
     done = Process(script, flags, tmp_path / "printed", prelude).wait()
-    assert_stopped(done, tmp_path / "run", f"of iteration {failing} is not finite", "failed_0.pt")
+    assert_stopped(
+        done,
+        f"to go on: --resume {tmp_path}/run",
+        f"of iteration {failing} is not finite",
+        "failed_0.pt",
+    )
     failed = torch.load(tmp_path / "run/failed_0.pt", weights_only=True)
     assert {"actions", "rewards", "values", "agent"} <= set(failed)
     checkpoint = torch.load(tmp_path / "run/checkpoint.pt", weights_only=True)
