@@ -88,6 +88,8 @@ class Run:
         self.implementation = self.args.get("implementation", "")
         if self.implementation:
             self.made = f"{self.implementation}, started by code of {code}"
+        # evaluation mazes that were not as published, but lacked a block
+        self.lacking = self.origin.get("mazes_lacking_a_block", [])
         # by maze
         rates = {key[7:]: x for key, x in self.last.items() if key.startswith("solved_")}
         self.solved = {maze: x for maze, x in rates.items() if maze not in ("mean", "iqm")}

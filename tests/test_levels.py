@@ -157,9 +157,8 @@ def record(env_id, way):
 
 def recorded(env_id, way, hash_seed):
     """`record` in a new process. Modules are found in the working directory."""
-    path = os.pathsep.join(
-        [os.getcwd(), str(Path(__file__).parent), str(Path(__file__).parents[1])]
-    )
+    places = [os.getcwd(), str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    path = os.pathsep.join([*places, os.environ.get("PYTHONPATH", "")])
     env = {
         **os.environ,
         "PYTHONHASHSEED": hash_seed,

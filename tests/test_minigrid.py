@@ -1256,6 +1256,24 @@ def test_a_registered_environment_trains_and_is_evaluated_on_unseen_levels(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(
+    "env_id, seeds, distinct, seen",
+    [
+        ("MiniGrid-DoorKey-5x5-v0", 1000, 48, 100),
+        ("MiniGrid-SimpleCrossingS9N3-v0", 2000, 786, 78),
+    ],
+)
+def test_of_some_environments_few_levels_differ(env_id, seeds, distinct, seen):
+    env = gym.make(env_id).unwrapped
+    starts = []
+    for seed in (*range(seeds), *range(script.FIRST_TEST_LEVEL, script.FIRST_TEST_LEVEL + 100)):
+        env.reset(seed=seed)
+        starts.append((env.grid.encode().tobytes(), env.agent_dir, tuple(env.agent_pos)))
+    known = set(starts[:seeds])
+    assert len(known) == distinct and sum(start in known for start in starts[seeds:]) == seen
+
+
+@pytest.mark.slow
 def test_it_learns(no_evaluation, monkeypatch, tmp_path):
     """Small open mazes: the goal is found by chance at first, and soon on purpose."""
     flags = (
