@@ -48,7 +48,7 @@ class Args:
     unpack: Path | None = None  # first lay out the runs of this folder, which --pack has made
     pack: Path | None = None  # at last leave a file of at most 16 MB there for each run in --out
     sbatch: tuple[str, ...] = ()  # KEY=VALUE, options of Slurm's sbatch, as in partition=gpu
-    dry_run: bool = False  # only print the commands
+    dry_run: bool = False  # only print the commands, and for Slurm the batch script
     table: bool = False  # train nothing: print the table of what is in --out
     work: str = ""  # train the run of this name: what a job calls, not a user
 
@@ -60,8 +60,8 @@ def plan(args: Args) -> dict[Path, list[str]]:
             refuse(f"--sbatch {option} must be KEY=VALUE, and with --executor slurm.")
     if args.minutes and not (0.5 <= args.minutes < math.inf and args.executor == "local"):
         refuse(f"--minutes {args.minutes:g} must be 0.5 or more, or 0, as with --executor slurm.")
-    if args.dry_run and (args.pack or args.unpack):
-        refuse("--dry-run must be without --pack and --unpack, which write files.")
+    if args.dry_run and args.unpack:
+        refuse("--dry-run must be without --unpack, which lays out files.")
     if args.executor == "slurm" and not (args.dry_run or slurm.is_here()):
         refuse("--executor slurm must be started where Slurm's sbatch and srun are.")
     taken = {"run_dir", "resume", "evaluate", "seed"}
@@ -153,7 +153,7 @@ def sweep(args: Args) -> bool:
     if args.unpack:
         slices.unpack(args.unpack, args.out)
         runs = wanted(args)  # refuses, if those that were laid out are of another sweep
-    if args.pack:
+    if args.pack and not args.dry_run:
         slices.check_packs(args.pack, runs)
     queue = slurm.queue()
     states = {run_dir: look(run_dir, queue)["state"] for run_dir in runs}
@@ -162,6 +162,9 @@ def sweep(args: Args) -> bool:
         for run_dir, command in runs.items():
             command = shlex.join(command_of(run_dir, command))
             print(command if run_dir in idle else f"# {run_dir}: {states[run_dir]}")
+        if args.executor == "slurm" and idle:
+            names = [run_dir.name for run_dir in idle]
+            print(slurm.batch_script(args.out, names, args.at_most, args.sbatch), end="")
         return True
     if not args.table:
         start(args, idle, runs)

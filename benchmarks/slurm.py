@@ -38,18 +38,22 @@ def queue() -> dict[str, str]:
     return dict(line.split() for line in lines)
 
 
-def submit(out: Path, names: list[str], at_most: int, sbatch: tuple[str, ...]) -> list[str]:
-    """Hands the runs of these names to Slurm, as one job array. Returns their job ids."""
+def batch_script(out: Path, names: list[str], at_most: int, sbatch: tuple[str, ...]) -> str:
+    """What sbatch is given: the runs of these names as one job array."""
     options = SBATCH | {"job-name": out.name, "output": f"{out}/slurm_%A_%a.log"}
     options |= dict(option.split("=", 1) for option in sbatch)
     options["array"] = f"0-{len(names) - 1}" + (f"%{at_most}" if at_most else "")
-    text = BATCH.format(
+    return BATCH.format(
         options="\n".join(f"#SBATCH --{name}={value}" for name, value in options.items()),
         runs=shlex.join(names),
         launch=shlex.join([sys.executable, str(LAUNCH), "--out", str(out)]),
     )
+
+
+def submit(out: Path, names: list[str], at_most: int, sbatch: tuple[str, ...]) -> list[str]:
+    """Hands them to Slurm. Returns their job ids."""
     batch = out / "batch.sh"
-    batch.write_text(text)
+    batch.write_text(batch_script(out, names, at_most, sbatch))
     printed = subprocess.check_output(["sbatch", "--parsable", str(batch)], text=True)
     array = printed.strip().partition(";")[0]
     return [f"{array}_{i}" for i in range(len(names))]

@@ -9,6 +9,7 @@ import stat
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ import ppo_robust_plr_minigrid as script
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import job
 import launch
+import slurm
 
 STEPS = re.search(r"--total-timesteps (\d+)", TINY[script.__name__])[1]
 COMMAND = f"python {script.__name__}.py {TINY[script.__name__]} --checkpoint-interval 0"
@@ -131,6 +133,13 @@ def test_a_dry_run_prints_the_commands_and_starts_nothing(out, monkeypatch, caps
         name = f"env_id={game},anneal_lr={anneal},seed={seed}"
         expected.append(f"{head} {flags} --run-dir {out}/{name}")
     assert launch.sweep(args) and capsys.readouterr().out.splitlines() == expected
+    assert launch.sweep(replace(args, pack=out / "packs", minutes=5))
+    assert capsys.readouterr().out.splitlines() == expected
+    assert launch.sweep(replace(args, executor="slurm", sbatch=("partition=gpu",)))
+    printed = capsys.readouterr().out
+    batch = slurm.batch_script(out, [Path(x.split()[-1]).name for x in expected], 0, args.sbatch)
+    batch = batch.replace("#SBATCH --array", "#SBATCH --partition=gpu\n#SBATCH --array")
+    assert printed == "\n".join(expected) + "\n" + batch
     assert not out.exists()
 
     names = [Path(line.split()[-1]).name for line in expected]
@@ -157,7 +166,7 @@ BAD = {
     "--minutes 0.4": "--minutes 0.4 must be 0.5 or more, or 0",
     "--minutes nan": "--minutes nan must be 0.5 or more, or 0",
     "--minutes 9 --executor slurm": "--minutes 9 must be 0.5 or more, or 0, as with --executor",
-    "--dry-run --pack packs": "--dry-run must be without --pack and --unpack",
+    "--dry-run --unpack packs": "--dry-run must be without --unpack, which lays out files",
     "--unpack packs": "--unpack packs must be a folder that --pack has filled",
     "--pack README.md": "--pack README.md cannot be written: File exists",
     "--executor condor": "condor",
