@@ -762,12 +762,12 @@ def cutout_box(x: Tensor, draws: Draws) -> Tensor:
 
 
 def color_jitter(x: Tensor, draws: Draws) -> Tensor:
-    """Brightness, contrast and saturation times 0.6 to 1.4, the hue turned by up to a half; the
+    """Brightness, contrast and saturation times 0.6 to 1.4, the hue turned by up to 0.35; the
     contrast before or after the others."""
     contrast = draws.uniform(0.6, 1.4)
     brightness = draws.uniform(0.6, 1.4)[:, None, None]
     saturation = draws.uniform(0.6, 1.4)[:, None, None]
-    turn = draws.uniform(-0.5, 0.5)[:, None, None]
+    turn = draws.uniform(-0.5, 0.5)[:, None, None] * (255 / 360)  # as in the authors' code
     first = draws.integers(0, 1) == 1
     rgb = with_contrast(x / 255.0, torch.where(first, contrast, 1.0))
     hue, s, v = rgb_to_hsv(rgb)

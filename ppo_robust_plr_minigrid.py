@@ -106,7 +106,7 @@ class Args:
     maze_size: int = 15  # cells along a side of a maze, border included
     max_steps: int | None = None  # time limit (mazes: 250; other environments: their own, or less)
     redraw_direction: bool = False  # draw the start direction at every reset, as dcd; mazes only
-    compass: bool = True  # off: the agent's direction input is constant, as dcd's published agents'
+    compass: bool = True  # off: the agent's direction input is constant, as in dcd's training
 
     # PPO (dcd's 25-block configurations)
     total_timesteps: int = 250_000_000  # environment steps in full iterations, new levels included

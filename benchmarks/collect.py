@@ -132,7 +132,10 @@ def collect(
         files[csv_name] = thin(read_text(run_dir / csv_name))
     if (run_dir / "worst_case.csv").exists():
         files["worst_case.csv"] = thin(read_text(run_dir / "worst_case.csv"))
-    origin: dict[str, Any] = {"starts": starts}
+    known = json.loads(read_text(target / "run.json") or "{}")
+    if known.get("starts") != starts:  # it went on: a note on how it was may no longer hold
+        known.pop("note", None)
+    origin: dict[str, Any] = {"starts": starts} | {k: x for k, x in known.items() if k != "starts"}
     if note:
         origin["note"] = note
     files["run.json"] = json.dumps(origin, indent=2) + "\n"

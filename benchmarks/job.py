@@ -121,7 +121,8 @@ def work(run_dir: Path) -> None:
     log.close()
     if (run_dir / "result.json").exists():
         return
-    if received and "SLURM_ARRAY_TASK_ID" in os.environ:
+    jobs = re.findall(r"^slurm job (\S+)$", read_text(run_dir / "job.log"), re.MULTILINE)
+    if received and jobs and jobs[-1] == slurm.this_job():  # not one that only starts a launcher
         slurm.requeue()
     elif not received:
         output = read_text(run_dir / "job.log").rpartition("\n$ ")[2].partition("\n")[2]

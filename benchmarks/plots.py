@@ -34,7 +34,8 @@ def averaged(runs: list, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
 
 def smoothed(run, key: str, only: np.ndarray | bool = True) -> tuple[np.ndarray, np.ndarray]:
     """Steps and means of a column of progress.csv at each row where it has a value (and `only` is
-    true): over the rows of the twentieth of the run up to there, 50 iterations at least."""
+    true): over the last 50 iterations up to there, or a twentieth of the run if that is more; 5
+    iterations of a run of 100 or less."""
     steps = run.progress["global_step"]
     there = np.flatnonzero(~np.isnan(run.progress[key]) & only)
     batch = run.args["batch_size"]
@@ -43,6 +44,24 @@ def smoothed(run, key: str, only: np.ndarray | bool = True) -> tuple[np.ndarray,
     total = np.cumsum([0, *run.progress[key][there]])
     rows = np.arange(len(there)) + 1
     return steps[there], (total[rows] - total[first]) / (rows - first)
+
+
+def draw(axis, lines: list[tuple[np.ndarray, np.ndarray]], **look: Any) -> None:
+    """A line for each run; of four and more their mean and standard error."""
+    lines = [(x, y) for x, y in lines if len(x)]
+    if len(lines) > 3:
+        first = max(x[0] for x, _ in lines)
+        grid = np.linspace(first, max(first, min(x[-1] for x, _ in lines)), 200)
+        y = np.array([np.interp(grid, *line) for line in lines])
+        band(axis, grid, y.mean(0), stats.sem(y), look["color"])
+        lines = [(grid, y.mean(0))]
+    for line in lines:
+        axis.plot(*line, **look)
+
+
+def to_average(runs: list) -> list:
+    """The finished ones, or all if none is: one that was stopped would end the mean of all."""
+    return [run for run in runs if run.finished] or runs
 
 
 def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
@@ -74,7 +93,9 @@ def finish(figure: Figure, section, looks: dict[str, dict[str, Any]]) -> Figure:
     columns = max(1, round(12 * figure.get_figwidth()) // (longest + 7))  # 12 letters in an inch
     figure.legend(handles=entries, loc="outside upper center", ncols=columns, frameon=False)
     for axis in figure.axes:
-        if axis.get_xlabel() in ("environment steps", "gradient updates"):
+        if not axis.has_data():
+            axis.remove()
+        elif axis.get_xlabel() in ("environment steps", "gradient updates"):
             axis.xaxis.set_major_formatter(EngFormatter(sep=""))
             axis.set_xlim(left=0)
     return figure
@@ -158,11 +179,12 @@ def unseen_curves(section) -> Figure | None:
         color = section.colors[name]
         for run in runs:
             rates.plot(run.evaluations["global_step"], run.unseen, color=color, lw=0.7, alpha=0.4)
-            for kind, style in styles.items():
-                key = f"shortest_path_{kind}"
-                if key in run.progress and not np.isnan(run.progress[key]).all():
-                    paths.plot(*smoothed(run, key), color=color, ls=style, lw=1)
+        for kind, style in styles.items():
+            key = f"shortest_path_{kind}"
+            lines = [smoothed(run, key) for run in runs if key in run.progress]
+            draw(paths, lines, color=color, ls=style, lw=1.2)
         if runs:
+            runs = to_average(runs)
             x, y = averaged(runs, "global_step", UNSEEN)
             rates.plot(x, y.mean(0), lw=2.2, color=color, **MARKS)
             if len(runs) > 1:
@@ -180,31 +202,33 @@ def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> 
     """Evaluations over steps and over updates; the training. `published`: rates by curriculum."""
     figure, axes = panels(4, 2, 5.4, 3.7)
     names = [f"solved_{maze}" for maze in mazes] if section.kind == "Mazes" else ["solved_mean"]
+    highest = 0.0
     for name, variant in section.variants.items():
         color = section.colors[name]
         runs = [run for run in variant if run.evaluations]
         for axis, key in zip(axes, ("global_step", "gradient_updates")):
             if runs:
-                rates = [averaged(runs, key, column) for column in names]
+                rates = [averaged(to_average(runs), key, column) for column in names]
                 x = rates[0][0]
                 y = np.mean([rate for _, rate in rates], 0)
                 axis.plot(x, y.mean(0), lw=2, color=color, **MARKS)
-                if len(runs) > 1:
+                if len(y) > 1:
                     band(axis, x, y.mean(0), stats.sem(y), color)
-        for run in variant:
-            if run.progress:
-                for kind, style in enumerate(("-", "--")):  # new levels, replayed ones
-                    line = smoothed(run, "solved_rate", run.progress["replay"] == kind)
-                    axes[2].plot(*line, color=color, ls=style, lw=1)
-            if run.progress and run.args["curriculum"] != "dr":
-                steps = run.progress["global_step"]
-                axes[3].plot(steps, run.progress["effective_levels"], color=color, lw=1)
+                highest = max(highest, y.mean(0).max())
+        logged = [run for run in variant if run.progress]
+        for kind, style in enumerate(("-", "--")):  # new levels, replayed ones
+            lines = [smoothed(x, "solved_rate", x.progress["replay"] == kind) for x in logged]
+            draw(axes[2], lines, color=color, ls=style, lw=1)
+        logged = [run.progress for run in logged if run.args["curriculum"] != "dr"]
+        lines = [(progress["global_step"], progress["effective_levels"]) for progress in logged]
+        draw(axes[3], lines, color=color, lw=1)
     for name, curriculum in section.published.items():
+        highest = 1.0
         for axis in axes[:2]:
             axis.axhline(published[curriculum].mean(), color=section.colors[name], **PAPER)
     what = f"mean solved rate, dcd's {len(names)} mazes" if len(names) > 1 else "mean solved rate"
     for axis, x in zip(axes, ("environment steps", "gradient updates")):
-        axis.set(title=f"over {x}", xlabel=x, ylabel=what, ylim=(0, 1))
+        axis.set(title=f"over {x}", xlabel=x, ylabel=what, ylim=(0, 1 if highest > 0.3 else None))
     axes[2].set(
         title="solved rate in training, smoothed", ylim=(0, 1.02), ylabel="share of episodes"
     )
@@ -239,10 +263,10 @@ def score_correlations(section) -> Figure | None:
             if not any((run.progress["replay"] == kind).any() for run in runs):
                 axis.remove()  # domain randomisation replays nothing
                 continue
-            for run in runs:
-                for column in [x for x in colors if x in run.progress]:
-                    line = smoothed(run, column, run.progress["replay"] == kind)
-                    axis.plot(*line, color=colors[column], lw=1.2)
+            for column, color in colors.items():
+                logged = [run for run in runs if column in run.progress]
+                lines = [smoothed(x, column, x.progress["replay"] == kind) for x in logged]
+                draw(axis, lines, color=color, lw=1.2)
             axis.axhline(0, color="0.6", lw=0.8)
             axis.set(xlabel="environment steps", ylim=(-1, 1), xlim=(0, None))
             axis.set_title(textwrap.fill(f"{name}: {what}", 54), fontsize="medium")
@@ -270,24 +294,28 @@ def complexity(section) -> Figure | None:
     styles = {"new": ":", "replayed": "-", "edited": "--"}
     lines = defaultdict(list)
     for column in COMPLEXITY:
-        for name, variant in section.variants.items():
-            for run, (kind, style) in itertools.product(variant, styles.items()):
-                key = f"{column}_{kind}"
-                if key in run.progress and not np.isnan(run.progress[key]).all():
-                    look = {"color": section.colors[name], "ls": style, "lw": 1.2}
-                    lines[column].append((smoothed(run, key), look))
+        for name, (kind, style) in itertools.product(section.variants, styles.items()):
+            key = f"{column}_{kind}"
+            logged = [run for run in section.variants[name] if key in run.progress]
+            found = [smoothed(run, key) for run in logged]
+            if any(len(x) for x, _ in found):
+                look = {"color": section.colors[name], "ls": style, "lw": 1.2}
+                lines[column].append((found, look))
     if not lines:
         return None
     figure, axes = panels(len(lines), 2, 5.4, 3.7)
     for axis, (column, drawn) in zip(axes, lines.items()):
-        for line, look in drawn:
-            axis.plot(*line, **look)
+        for found, look in drawn:
+            draw(axis, found, **look)
         axis.set(title=COMPLEXITY[column], xlabel="environment steps", ylim=(0, None))
     return finish(figure, section, {name: {"ls": style} for name, style in styles.items()})
 
 
-def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure:
-    """Solved rate in dcd's mazes: of each run, and the published mean with its standard error."""
+def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Figure | None:
+    """Solved rate in dcd's mazes: of each run, and the published mean with its standard error. None
+    if no run was evaluated."""
+    if not section.evaluated:
+        return None
     figure, (axis,) = panels(1, 1, 11, 4)
     names = list(dict.fromkeys([*section.published, *section.evaluated]))
     width = 0.8 / max(len(names), 1)
@@ -313,9 +341,9 @@ def maze_bars(section, mazes: list[str], published: dict[str, np.ndarray]) -> Fi
 
 def worst_case(section, published: dict[tuple[str, str], dict[str, Any]]) -> Figure:
     """Solved rate in the worst alpha % of random mazes: what --eval-worst has measured in the
-    evaluated runs. `published`: rates by (method, source), whose columns are alpha."""
+    runs. `published`: rates by (method, source), whose columns are alpha."""
     figure, (axis,) = panels(1, 1, 11, 5)
-    for name, members in section.evaluated.items():
+    for name, members in section.variants.items():
         rates = [x.worst_case for x in members if x.worst_case]
         rates = [dict(zip(x["alpha_percent"], x["solved_rate"])) for x in rates]
         if rates:

@@ -6,6 +6,7 @@
 Runs of one length stand side by side; what they lack of the published ones stands above the table.
 """
 
+import functools
 import itertools
 import re
 from collections import defaultdict
@@ -18,7 +19,7 @@ import numpy as np
 import plots
 import tyro
 from collect import settings
-from common import ROOT, RUNS, markdown, refuse
+from common import ROOT, RUNS, UNSEEN, markdown, refuse
 from runs import (
     MAZES,
     NAMES,
@@ -230,26 +231,37 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
             counts = [run.last.get("gradient_updates", np.nan) for run in (*runs, *others)]
             updates = f"{min(counts):,.0f} updates"
             final = [[run.score for run in x] for x in (runs, others)]
+            both = (*runs, *others)
+            has_unseen = all(run.unseen.size for run in both)
+            evaluated_at = {tuple(run.evaluations.get("global_step", ())) for run in both}
             scores = {}  # of the runs, by what they were measured on and what was equal
             if runs[0].args["total_timesteps"] == others[0].args["total_timesteps"]:
                 scores[task, "steps"] = final
-                if all(run.worst_case for run in (*runs, *others)):
+                random_mazes = {run.worst_mazes for run in both}
+                if len(random_mazes) == 1 and 0 not in random_mazes:
                     of_random = [[run.random_mazes for run in x] for x in (runs, others)]
                     scores["random mazes", "steps"] = of_random
-                if all(run.unseen.size for run in (*runs, *others)):
+                if has_unseen:
                     last = [[run.solved["Unseen"] for run in x] for x in (runs, others)]
-                    mean = [[run.unseen.mean() for run in x] for x in (runs, others)]
                     scores["unseen mazes", "steps"] = last
+                if has_unseen and len(evaluated_at) == 1:
+                    mean = [[run.unseen.mean() for run in x] for x in (runs, others)]
                     scores["unseen mazes, mean of the evaluations", "steps"] = mean
             elif same and max(counts) < 1.05 * min(counts):
                 scores[task, updates] = final
             if same and max(counts) > 1.05 * min(counts):
                 at = [[run.score_at(min(counts)) for run in x] for x in (runs, others)]
                 scores[task, updates] = at
-            if brief and section.levels and len(scores) > 1:
-                scores.pop((task, "steps"), None)
+                if has_unseen:
+                    of_unseen = functools.partial(Run.score_at, names=[UNSEEN])
+                    at = [[of_unseen(run, min(counts)) for run in x] for x in (runs, others)]
+                    scores["unseen mazes", updates] = at
+            if brief and section.levels and {measured for measured, _ in scores} != {task}:
+                scores = {key: x for key, x in scores.items() if key[0] != task}
             known = {better, baseline} <= section.published.keys()
             for (measured, equal), (a, b) in scores.items():
+                if np.isnan([*a, *b]).any():
+                    continue  # evaluated too late to say
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
                 row = [question(section, measured, runs[0], others[0], brief), equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
@@ -282,13 +294,13 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
 
 
 def questions_table(found: Iterable[Section], brief: bool = False) -> str:
-    """Brief: only what has an interval, without the settings, the intervals within seeds and the
-    published numbers; of other mazes than the usual ones no mean of dcd's where there is more."""
+    """Brief: only what has an interval, without the settings and the published numbers; of other
+    mazes than the usual ones no mean of dcd's where there is more."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
     head += ["published", "answer"]
     rows = [head, *(row for section in found for row in questions(section, brief))]
     if brief:
-        rows = [[*row[:5], row[7]] for row in rows if row[4] != "–"]
+        rows = [[*row[:6], row[7]] for row in rows if row[4] != "–"]
     return markdown(rows) if len(rows) > 1 else ""
 
 
@@ -460,10 +472,11 @@ episodes. % of uniform's: each run's return over the uniform baseline's mean, av
 games; IQM: over games and runs together.
 
 **Mazes.** Share of episodes solved zero-shot, stochastic policy; ± is the standard error over runs
-(ddof 1). Of a single run's 100 episodes in a maze chance alone makes up to ± 0.05, and one run may
+(ddof 1). Of a single run's 100 episodes in a maze the standard error is up to 0.05, and one run may
 always solve a maze that another never does. dcd's columns are computed from its per-seed results.
 IQM: over mazes and runs together. One checkpoint of one run says little: the last column has the
-mean over the evaluations in the last quarter of the run.
+mean over the evaluations in the last quarter of the run. Of what is replayed there 200 iterations
+of a run are kept, 50 of its last quarter.
 
 [95 % intervals], from five runs on: bootstrap; in Procgen runs are drawn anew within each game, in
 mazes whole runs, since one run plays all mazes. Of a question: Welch's t. Within seeds: paired t,

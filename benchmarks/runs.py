@@ -5,7 +5,7 @@ import itertools
 import json
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -111,16 +111,24 @@ class Run:
         return float(self.worst_case["solved_rate"][alphas.index(100)])
 
     @property
+    def worst_mazes(self) -> int:
+        """How many these are; 0: not measured."""
+        return int(max(self.worst_case.get("mazes", [0])))
+
+    @property
     def unseen(self) -> np.ndarray:
         """The solved rate in mazes of the run's own kind that it never trains on, by evaluation.
         Empty where it was not measured."""
         return self.evaluations.get(UNSEEN, np.zeros(0))
 
-    def score_at(self, gradient_updates: float) -> float:
-        """The score after so many gradient updates, between two evaluations; not of Procgen."""
-        names = [f"solved_{maze}" for maze in SEVEN] if self.kind == "Mazes" else ["solved_mean"]
+    def score_at(self, gradient_updates: float, names: Sequence[str] = ()) -> float:
+        """The score after so many gradient updates, between two evaluations (nan before the first
+        one); not of Procgen. `names`: the mean of these columns instead."""
+        of_seven = [f"solved_{maze}" for maze in SEVEN]
+        names = names or (of_seven if self.kind == "Mazes" else ["solved_mean"])
         scores = np.mean([self.evaluations[name] for name in names], axis=0)
-        return float(np.interp(gradient_updates, self.evaluations["gradient_updates"], scores))
+        updates = self.evaluations["gradient_updates"]
+        return float(np.interp(gradient_updates, updates, scores, left=np.nan))
 
     @property
     def late_score(self) -> float:
@@ -220,13 +228,15 @@ class Section:
     def shortcomings(self) -> str:
         """What the numbers lack of 10 runs, the published steps, 100 episodes."""
         found = []
+        if self.kind not in LENGTHS:
+            return ""
         for name, runs in self.evaluated.items():
             number_of = Counter(run.task for run in runs)
             steps = [run.last["global_step"] for run in runs]
             reached = dict.fromkeys(millions(step) for step in (min(steps), max(steps)))
             episodes = min(run.last["episodes"] for run in runs)
             least = min(run.args["eval_episodes"] for run in runs)  # during the training
-            enough = 0.99 * LENGTHS.get(self.kind, np.inf)
+            enough = 0.99 * LENGTHS[self.kind]
             lacks = {
                 f"{len(number_of)} of 16 games": self.kind == "Procgen" and len(number_of) < 16,
                 f"runs: {min(number_of.values())}": min(number_of.values()) < 10,

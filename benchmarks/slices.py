@@ -75,7 +75,7 @@ def unpack(folder: Path, out: Path) -> None:
         here = read_text(out / run / "progress.csv")
         if (out / run / "checkpoint.pt").exists() and steps_in(here) >= steps_in(progress):
             continue
-        if is_running(out / run) or not progress.startswith(here):
+        if is_running(out / run) or not is_continued(out / run, here, progress):
             refuse(
                 f"--unpack {folder} must go on with what is in --out: {out / run} is another run "
                 f"than {path.name}."
@@ -95,6 +95,23 @@ def unpack(folder: Path, out: Path) -> None:
                 (out / run).rename(Path(aside, "old"))
             new.rename(out / run)
     print(f"unpacked {len(behind)} of {len(paths)} runs, the others are as far in {out}")
+
+
+def is_continued(run_dir: Path, here: str, progress: str) -> bool:
+    """Whether progress.csv in a pack goes on with that in run_dir, `here`. What a kill left after
+    the last checkpoint was made again elsewhere."""
+    if progress.startswith(here):
+        return True
+    import torch  # takes seconds
+
+    try:
+        path = run_dir / "checkpoint.pt"
+        step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
+        header, *rows = here.splitlines(keepends=True)
+        kept = [row for row in rows if int(row.partition(",")[0]) <= step]
+    except Exception:  # there is none, or whatever a damaged file makes of torch.load
+        return False
+    return progress.startswith("".join([header, *kept]))
 
 
 def check_packs(folder: Path, runs: dict[Path, list[str]]) -> None:

@@ -59,9 +59,15 @@ def submit(out: Path, names: list[str], at_most: int, sbatch: tuple[str, ...]) -
     return [f"{array}_{i}" for i in range(len(names))]
 
 
+def this_job() -> str:
+    """Of an array, that this process runs in; nothing but _ outside."""
+    names = ("SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID")
+    return "_".join(os.environ.get(name, "") for name in names)
+
+
 def requeue() -> None:
     """Puts this job back into the queue, unless it has been cancelled or Slurm does so itself."""
-    job = "{SLURM_ARRAY_JOB_ID}_{SLURM_ARRAY_TASK_ID}".format(**os.environ)
+    job = this_job()
     state = subprocess.check_output(["squeue", "-h", "--jobs", job, "--format=%T"], text=True)
     # After scancel, or where Slurm requeues what it preempts, the state is COMPLETING by now.
     if state.strip() == "RUNNING":

@@ -83,7 +83,7 @@ def plain_color_jitter(image, contrast, brightness, saturation, turn, first):
         x = change_contrast(x)
     for row, column in np.ndindex(x.shape[:2]):
         h, s, v = colorsys.rgb_to_hsv(*x[row, column])
-        changed = (h + turn) % 1, min(s * saturation, 1), min(v * brightness, 1)
+        changed = (h + turn * 255 / 360) % 1, min(s * saturation, 1), min(v * brightness, 1)
         x[row, column] = colorsys.hsv_to_rgb(*changed)
     if not first:
         x = change_contrast(x)

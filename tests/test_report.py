@@ -411,7 +411,7 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
     asked_briefly = "Procgen, 25M steps, starpilot: does PLR beat uniform?"
     row = table_of(blocks["questions"], "question")[asked_briefly, "steps"]
     # 4.3027, of 2 degrees of freedom, times the root of 0.5 / 2 + 0.5 / 2
-    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "yes"]
+    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "–", "yes"]
     assert report.report(dirs[1:])[2]["questions"] == ""  # a single run has no interval
     # with another run the first is all runs' setting, the second that of the two that are compared
     starpilot(tmp_path / "other", "uniform", 1, 20.0, num_envs=32)
@@ -516,6 +516,61 @@ def test_scores_at_equal_updates_lie_on_the_curve(tmp_path):
     path.write_text("\n".join(lines) + "\n")
     run = report.read_run(tmp_path / "dr")
     assert [run.score_at(x) for x in (10, 25)] == pytest.approx([0.1, 0.25])
+    assert run.score_at(25, ["solved_Maze"]) == pytest.approx(0.25)
+    path.write_text("\n".join([lines[0], *lines[2:]]) + "\n")
+    run = report.read_run(tmp_path / "dr")
+    assert np.isnan(run.score_at(9)) and run.score_at(10) == pytest.approx(0.1)
+
+
+def test_runs_that_were_evaluated_too_late_are_not_compared_at_equal_updates(tmp_path):
+    asked = "at equal"
+    for curriculum in ("dr", "robust_plr"):
+        for seed in (1, 2):
+            copy_run(
+                tmp_path,
+                f"{curriculum}{seed}",
+                f"mazes_{curriculum}_60M_seed1_precision=bf16",
+                {},
+                seed=seed,
+            )
+    assert " updates |" in report.report(tmp_path.iterdir())[0].split(asked)[1]
+    path = tmp_path / "dr1" / "evaluations.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text(rows[0] + rows[-1])
+    assert " updates |" not in report.report(tmp_path.iterdir())[0].split(asked)[1]
+
+
+def test_evaluations_at_other_steps_have_no_common_mean(tmp_path):
+    for curriculum in ("dr", "plr"):
+        name = f"mazes_{curriculum}_0.82M_seed1_num_walls=78_maze_size=25_learning_rate=0.0005"
+        name += "_num_minibatches=4" + "_buffer_size=1000" * (curriculum == "plr")
+        shutil.copytree(report.RUNS / name, tmp_path / curriculum)
+    text = report.report(tmp_path.iterdir())[0]
+    assert "unseen mazes: does" in text and "mean of the evaluations: does" in text
+    path = tmp_path / "dr" / "evaluations.csv"
+    rows = path.read_text().splitlines(keepends=True)
+    path.write_text("".join([rows[0], *rows[2:]]))
+    text = report.report(tmp_path.iterdir())[0]
+    assert "unseen mazes: does" in text and "mean of the evaluations: does" not in text
+
+
+def test_mazes_that_lacked_a_block_are_marked_and_a_collected_run_keeps_the_mark(tmp_path):
+    name = "mazes_dr_1.6M_seed1_learning_rate=0.0005_num_minibatches=4"
+    shutil.copytree(report.RUNS / name, tmp_path / "run")
+    text = report.report([tmp_path / "run"])[0]
+    assert "| Maze2 † |" in text and "| Maze |" in text and "lacked a block" in text
+    shutil.copytree(tmp_path / "run", tmp_path / "results" / "run")
+    origin = json.loads((tmp_path / "run" / "run.json").read_text())
+    for note, start in (("said", origin["starts"][0]), ("", origin["starts"][0])):
+        collect.collect(tmp_path / "run", tmp_path / "results", "run", start, note)
+        kept = json.loads((tmp_path / "results" / "run" / "run.json").read_text())
+        assert kept == origin | {"note": "said"}  # the second time too
+    start = origin["starts"][0] | {"commit": "1234567"}  # it went on
+    collect.collect(tmp_path / "run", tmp_path / "results", "run", start)
+    kept = json.loads((tmp_path / "results" / "run" / "run.json").read_text())
+    assert kept == origin | {"starts": [start]}
+    (tmp_path / "run" / "run.json").unlink()
+    assert "†" not in report.report([tmp_path / "run"])[0]
 
 
 def test_mazes_that_a_curriculum_chose_are_drawn(tmp_path):
@@ -598,7 +653,7 @@ def test_where_all_runs_have_played_random_mazes_these_are_asked_about_too(tmp_p
     for (curriculum, seed), rate in rates.items():
         source = f"mazes_{curriculum}_60M_seed1_precision=bf16"
         copy_run(tmp_path, f"{curriculum}{seed}", source, {}, seed=seed)
-        rows = f"alpha_percent,solved_rate\n10,0.0\n100,{rate}\n"
+        rows = f"alpha_percent,mazes,solved_rate\n10,5,0.0\n100,50,{rate}\n"
         (tmp_path / f"{curriculum}{seed}" / "worst_case.csv").write_text(rows)
     asked = table_of(report.report(tmp_path.iterdir())[0], "question", 2)
     question = "Mazes, 60M steps, random mazes: does Robust PLR beat DR?"
@@ -611,6 +666,9 @@ def test_where_all_runs_have_played_random_mazes_these_are_asked_about_too(tmp_p
     # within seeds: 0.25 and -0.125, so 0.0625 ± 12.7062 standard errors of 0.1875
     assert within == f"[−{12.7062 * 0.1875 - 0.0625:.3f}, +{12.7062 * 0.1875 + 0.0625:.3f}]"
     assert (published, said) == ("–", report.TOO_FEW)
+    of_others = "alpha_percent,mazes,solved_rate\n100,60,0.75\n"
+    (tmp_path / "dr2" / "worst_case.csv").write_text(of_others)
+    assert "random mazes" not in report.report(tmp_path.iterdir())[0]
     (tmp_path / "dr2" / "worst_case.csv").unlink()
     assert "random mazes" not in report.report(tmp_path.iterdir())[0]
 

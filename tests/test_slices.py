@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support import ROOT, TINY, Process, assert_same_run, files, main, rows
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
@@ -175,6 +176,17 @@ def test_unpacking_goes_on_with_what_is_there_and_replaces_no_other_run(packs, t
         else:
             slices.unpack(packs, further.parent)
         assert files(run_dir) == before
+
+
+def test_unpacking_goes_on_with_a_killed_run(packs, tmp_path, capsys):
+    """Its last row was made again elsewhere, with another time or another machine's rounding."""
+    slices.pack(packs, [make_run(tmp_path / "a/run", 4)])
+    killed = make_run(tmp_path / "killed/run", 2, "3,3.75\n")
+    torch.save({"global_step": 3}, killed / "checkpoint.pt")
+    assert "is another run" in refused(capsys, lambda: slices.unpack(packs, killed.parent))
+    torch.save({"global_step": 2}, killed / "checkpoint.pt")
+    slices.unpack(packs, killed.parent)
+    assert files(killed) == files(tmp_path / "a/run")
 
 
 def test_a_run_that_trains_is_not_replaced(packs, tmp_path, capsys):
