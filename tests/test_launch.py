@@ -8,6 +8,7 @@ import signal
 import stat
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -279,6 +280,28 @@ def test_a_run_that_fails_says_why_and_the_next_launch_would_try_it_again(out, t
     for line, name in zip(printed.splitlines(), failed, strict=True):
         assert line.startswith(command) and line.endswith(f"--run-dir {out}/{name}")
         assert commands(out / name) == ["--run-dir"]  # and was not tried twice by the first
+
+
+@pytest.mark.parametrize("handed_over", [False, True])
+def test_a_job_is_put_back_into_the_queue_by_its_own_run_only(handed_over, monkeypatch, tmp_path):
+    """Not by those of a launcher that somebody has started inside another job."""
+    (tmp_path / "sleeper.py").write_text("import time\ntime.sleep(60)\n")
+    (tmp_path / "run").mkdir()
+    log = f"# python {tmp_path}/sleeper.py\n" + "slurm job 77_3\n" * handed_over
+    (tmp_path / "run/job.log").write_text(log)
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "77")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    requeued = []
+    monkeypatch.setattr(slurm, "requeue", lambda: requeued.append(1))
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    handlers = {number: signal.getsignal(number) for number in numbers}
+    threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGUSR1)).start()
+    try:
+        job.work(tmp_path / "run")
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    assert bool(requeued) == handed_over
 
 
 # ---- on Slurm: stand-ins for its commands, which run the batch file and keep a queue of files ----
