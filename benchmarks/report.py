@@ -10,7 +10,7 @@ import functools
 import itertools
 import re
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Container, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -141,12 +141,21 @@ QUESTIONS = (
     ("accel", "dr"),
     ("accel", "robust_plr"),
 )
+BASELINES = ("uniform", "dr")
 OF_CURRICULA = {
     "curriculum", "replay_prob", "buffer_size", "score", "gate_unsolved", "score_transform",
     "temperature", "staleness_coef", "replay_schedule", "rho", "nu", "alpha", "num_edits",
     "accel_base",
 }  # fmt: skip
 TOO_FEW = "not enough runs to say"
+# what README's table is of, by their files: the papers' mazes, and the task at its top. All other
+# questions are in REPORT.md only
+OF_README = (
+    "mazes_1.6M",
+    "mazes_of_41_x_41_cells_225_blocks_0.82M",
+    "mazes_of_41_x_41_cells_225_blocks_2.5M",
+    "mazes_of_25_x_25_cells_78_blocks_0.82M",
+)
 
 
 def without_curriculum(run: Run) -> dict[str, Any]:
@@ -187,11 +196,15 @@ def is_different(low: float, high: float) -> str:
     return "yes: ours is worse" if high < 0 else TOO_FEW
 
 
+def same_implementation(a: Run, b: Run) -> bool:
+    return a.implementation == b.implementation
+
+
 def to_be_compared(better: Run, baseline: Run) -> bool:
     """Two curricula of one implementation, or ours and another's of one curriculum; other settings
     equal."""
     curricula = better.args["curriculum"], baseline.args["curriculum"]
-    if better.implementation == baseline.implementation:
+    if same_implementation(better, baseline):
         alike = without_curriculum(better) == without_curriculum(baseline)
         return alike and curricula in QUESTIONS
     alike = settings(better.args) == settings(baseline.args)
@@ -209,7 +222,7 @@ def question(section: Section, measured: str, better: Run, baseline: Run, brief:
     if brief:
         shared += [x for words in names for x in words if x.startswith("buffer_size ")]
     a, b = (", ".join(x for x in words if x not in shared) for words in names)
-    if better.implementation == baseline.implementation:
+    if same_implementation(better, baseline):
         return f"{where}: does {a} beat {b}?"
     return f"{where}: is our {a} different from {b}?"
 
@@ -227,7 +240,9 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
             if not to_be_compared(runs[0], others[0]):
                 continue
             pair = runs[0].args["curriculum"], others[0].args["curriculum"]
-            same = runs[0].implementation == others[0].implementation
+            if brief and same_implementation(runs[0], others[0]) and pair[1] not in BASELINES:
+                continue
+            same = same_implementation(runs[0], others[0])
             counts = [run.last.get("gradient_updates", np.nan) for run in (*runs, *others)]
             updates = f"{min(counts):,.0f} updates"
             final = [[run.score for run in x] for x in (runs, others)]
@@ -294,8 +309,9 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
 
 
 def questions_table(found: Iterable[Section], brief: bool = False) -> str:
-    """Brief: only what has an interval, without the settings and the published numbers; of other
-    mazes than the usual ones no mean of dcd's where there is more."""
+    """Brief: only what has an interval, and a baseline or another implementation, without the
+    settings and the published numbers; of other mazes than the usual ones no mean of dcd's where
+    there is more."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
     head += ["published", "answer"]
     rows = [head, *(row for section in found for row in questions(section, brief))]
@@ -514,11 +530,15 @@ def origin_of(run: Run) -> str:
     return f"- **{run.name}**: {made} {run.origin.get('note', '')}".strip() + "\n"
 
 
-def report(run_dirs: Iterable[Path]) -> tuple[str, dict[str, plots.Figure], dict[str, str]]:
-    """REPORT.md, its pictures by name, and the tables of README.md by name."""
+def report(
+    run_dirs: Iterable[Path], of_readme: Container[str] | None = None
+) -> tuple[str, dict[str, plots.Figure], dict[str, str]]:
+    """REPORT.md, its pictures by name, and the tables of README.md by name. `of_readme`: the
+    sections, by their files, that the table of questions there is of; all if None."""
     runs = [read_run(run_dir) for run_dir in sorted(run_dirs)]
     found = sections(runs)
-    blocks = {"questions": questions_table(found, brief=True)}
+    shown = [section for section in found if of_readme is None or section.file in of_readme]
+    blocks = {"questions": questions_table(shown, brief=True)}
     rates = {curriculum: published_rates(curriculum) for curriculum in SHOWN["Mazes"]}
     pictures = {}
     text = FIRST
@@ -576,7 +596,7 @@ def main() -> None:
         if not (run_dir / "args.json").exists():
             refuse(f"RUN-DIRS {run_dir} must be a run's directory: it has no args.json.")
     run_dirs = args.run_dirs or [path.parent for path in RUNS.glob("*/args.json")]
-    text, pictures, blocks = report(run_dirs)
+    text, pictures, blocks = report(run_dirs, OF_README)
     committed = args.out.resolve() == RUNS.parent
     folder = args.out / "pictures"
     folder.mkdir(parents=True, exist_ok=True)

@@ -169,7 +169,9 @@ def starpilot(
 
 @pytest.mark.slow
 def test_what_is_committed_is_what_report_writes(tmp_path):
-    text, pictures, blocks = report.report([path.parent for path in RUNS.glob("*/args.json")])
+    text, pictures, blocks = report.report(
+        [path.parent for path in RUNS.glob("*/args.json")], report.OF_README
+    )
     ours = RUNS.parent
     assert (ours / "REPORT.md").read_text() == text, "run python benchmarks/report.py"
     committed = {path.name: path for path in (ours / "pictures").iterdir()}
