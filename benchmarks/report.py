@@ -216,8 +216,10 @@ def question(section: Section, measured: str, better: Run, baseline: Run, brief:
     if it is to be brief; nor does the buffer's size then."""
     names = better.variant.split(", "), baseline.variant.split(", ")
     shared = [x for x in names[0] if x in names[1]]
+    of_levels = ("num_walls ", "maze_size ") if section.levels else ()  # the title has them
+    of_all = ", ".join(x for x in section.common.split(", ") if not x.startswith(of_levels))
     measured = "" if section.title.startswith(measured) else measured
-    common = () if brief else (section.common, *shared)
+    common = () if brief else (of_all, *shared)
     where = ", ".join(x for x in (section.title, *common, measured) if x)
     if brief:
         shared += [x for words in names for x in words if x.startswith("buffer_size ")]

@@ -480,7 +480,7 @@ def test_where_all_runs_have_played_unseen_mazes_of_their_kind_these_are_asked_a
     text, pictures, blocks = report.report(tmp_path.iterdir())
     assert "unseen mazes" in blocks["questions"] and "dcd's 7" not in blocks["questions"]
     asked = table_of(text, "question", 2)
-    where = "Mazes of 25 x 25 cells, 78 blocks, 60M steps, num_walls 78, maze_size 25"
+    where = "Mazes of 25 x 25 cells, 78 blocks, 60M steps"
     differences = [
         asked[f"{where}, unseen mazes{part}: does PLR beat DR?", "steps"][1]
         for part in ("", ", mean of the evaluations")
