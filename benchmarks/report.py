@@ -154,7 +154,6 @@ OF_README = (
     "mazes_1.6M",
     "mazes_of_41_x_41_cells_225_blocks_0.82M",
     "mazes_of_41_x_41_cells_225_blocks_2.5M",
-    "mazes_of_25_x_25_cells_78_blocks_0.82M",
 )
 
 
