@@ -1931,7 +1931,7 @@ WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
 FAILURES: set[str] = set()  # of what is optional, that were said
 # what write_file writes in a run's directory
-WRITTEN = ("*.json", "*.pt", "*.csv", "wandb_id.txt")
+WRITTEN = ("args.json", "result.json", "*.pt", "*.csv", "wandb_id.txt")
 LOSSES = (
     "value_loss",
     "policy_loss",
@@ -2265,7 +2265,7 @@ class Profile:
     """With --profile: seconds by phase, and a trace of the last iteration.
 
     A phase lasts until the next one begins, the GPU's work included. The process's first iteration
-    warms up and is left out, as are evaluations and checkpoints.
+    warms up and is left out of the seconds, as are evaluations and checkpoints.
     """
 
     def __init__(self, enabled: bool, device: torch.device):
@@ -2280,7 +2280,7 @@ class Profile:
         self.profiler = torch.profiler.profile()
 
     def begin(self, iteration: int, last: bool) -> None:
-        self.running = self.enabled and self.warm
+        self.running = self.enabled and (self.warm or last)
         self.warm = True
         if not (self.enabled and last):
             return
@@ -2826,7 +2826,9 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
         for another in FINAL_EVALUATIONS:
             another(agent, args, device, path.parent, checkpoint["global_step"])
     except OSError as error:
-        refuse(f"--evaluate {args.evaluate} cannot be written: {error.strerror}.", status=1)
+        refuse(
+            f"--evaluate {args.evaluate} cannot be written: {error.strerror or error}.", status=1
+        )
 
 
 def main() -> None:

@@ -133,9 +133,8 @@ def collect(
     if (run_dir / "worst_case.csv").exists():
         files["worst_case.csv"] = thin(read_text(run_dir / "worst_case.csv"))
     known = json.loads(read_text(target / "run.json") or "{}")
-    if known.get("starts") != starts:  # it went on: a note on how it was may no longer hold
-        known.pop("note", None)
-    origin: dict[str, Any] = {"starts": starts} | {k: x for k, x in known.items() if k != "starts"}
+    # if it went on, what was noted may no longer hold
+    origin: dict[str, Any] = known if known.get("starts") == starts else {"starts": starts}
     if note:
         origin["note"] = note
     files["run.json"] = json.dumps(origin, indent=2) + "\n"

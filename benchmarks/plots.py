@@ -47,9 +47,11 @@ def smoothed(run, key: str, only: np.ndarray | bool = True) -> tuple[np.ndarray,
 
 
 def draw(axis, lines: list[tuple[np.ndarray, np.ndarray]], **look: Any) -> None:
-    """A line for each run; of four and more their mean and standard error."""
+    """A line for each run; of four and more their mean and standard error, as far as most go."""
     lines = [(x, y) for x, y in lines if len(x)]
     if len(lines) > 3:
+        furthest = np.median([x[-1] for x, _ in lines])
+        lines = [(x, y) for x, y in lines if x[-1] >= 0.95 * furthest]
         first = max(x[0] for x, _ in lines)
         grid = np.linspace(first, max(first, min(x[-1] for x, _ in lines)), 200)
         y = np.array([np.interp(grid, *line) for line in lines])

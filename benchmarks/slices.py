@@ -75,7 +75,10 @@ def unpack(folder: Path, out: Path) -> None:
         here = read_text(out / run / "progress.csv")
         if (out / run / "checkpoint.pt").exists() and steps_in(here) >= steps_in(progress):
             continue
-        if is_running(out / run) or not is_continued(out / run, here, progress):
+        begun = found["job.log"].decode(errors="replace").partition("\n")[0]
+        same = begun == read_text(out / run / "job.log").partition("\n")[0]
+        goes_on = progress.startswith(here) or same and is_continued(out / run, progress)
+        if is_running(out / run) or not goes_on:
             refuse(
                 f"--unpack {folder} must go on with what is in --out: {out / run} is another run "
                 f"than {path.name}."
@@ -97,18 +100,17 @@ def unpack(folder: Path, out: Path) -> None:
     print(f"unpacked {len(behind)} of {len(paths)} runs, the others are as far in {out}")
 
 
-def is_continued(run_dir: Path, here: str, progress: str) -> bool:
-    """Whether progress.csv in a pack goes on with that in run_dir, `here`. What a kill left after
-    the last checkpoint was made again elsewhere."""
-    if progress.startswith(here):
-        return True
+def is_continued(run_dir: Path, progress: str) -> bool:
+    """Whether progress.csv in a pack goes on with that in run_dir up to the last checkpoint there:
+    what a kill left after it was made again elsewhere."""
     import torch  # takes seconds
 
     try:
         path = run_dir / "checkpoint.pt"
         step = torch.load(path, map_location="cpu", weights_only=True)["global_step"]
-        header, *rows = here.splitlines(keepends=True)
-        kept = [row for row in rows if int(row.partition(",")[0]) <= step]
+        header, *rows = read_text(run_dir / "progress.csv").splitlines(keepends=True)
+        whole = [row for row in rows if row.endswith("\n")]
+        kept = [row for row in whole if int(row.partition(",")[0]) <= step]
     except Exception:  # there is none, or whatever a damaged file makes of torch.load
         return False
     return progress.startswith("".join([header, *kept]))

@@ -3,6 +3,7 @@
 import errno
 import fcntl
 import functools
+import gzip
 import itertools
 import json
 import math
@@ -278,7 +279,7 @@ time.time = lambda: 1.7e9 + time.perf_counter() / 1e5
 def test_temporary_files_of_a_killed_process_go_and_those_of_others_stay(
     script, monkeypatch, tmp_path
 ):
-    mine = [tmp_path / f"{name}.4242.tmp" for name in ("checkpoint.pt", "evaluation_17.json")]
+    mine = [tmp_path / f"{name}.4242.tmp" for name in ("checkpoint.pt", "failed_0.pt")]
     others = tmp_path / "thesis.tmp"
     for path in mine:
         path.write_bytes(b"half a file")
@@ -303,6 +304,25 @@ def test_what_could_not_be_written_leaves_the_old_file_and_takes_no_room(
     with pytest.raises(OSError):
         script.write_file(path, {"known": 2.5})
     assert list(tmp_path.iterdir()) == [path] and path.read_text() == old
+
+
+def test_a_profile_of_one_iteration_that_is_left_has_its_phases(
+    script, brief_run, monkeypatch, tmp_path
+):
+    shutil.copytree(brief_run(script, HALF[script]), run_dir := tmp_path / "run")
+    steps = HALF_STEPS[script] + 96
+    main(script, monkeypatch, f"--resume {run_dir} --total-timesteps {steps} --profile")
+    with gzip.open(run_dir / "trace_0.json.gz") as file:
+        events = json.load(file)["traceEvents"]
+    names = {x["name"] for x in events if x.get("cat") == "user_annotation"}
+    assert {"environment", "inference", "sampler", "update"} <= names
+
+
+def test_an_evaluation_has_no_rollout_to_be_refused_for(brief_run, brief, monkeypatch, tmp_path):
+    script = ppo_robust_plr_minigrid
+    shutil.copytree(brief_run(script), run_dir := tmp_path / "run")
+    main(script, monkeypatch, f"--evaluate {run_dir} --num-steps 1 --total-timesteps 4")
+    assert list(run_dir.glob("evaluation_*.json"))
 
 
 def test_a_start_that_fails_does_not_advise_to_resume(script, monkeypatch, tmp_path, capsys):

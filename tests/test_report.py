@@ -570,7 +570,7 @@ def test_mazes_that_lacked_a_block_are_marked_and_a_collected_run_keeps_the_mark
     start = origin["starts"][0] | {"commit": "1234567"}  # it went on
     collect.collect(tmp_path / "run", tmp_path / "results", "run", start)
     kept = json.loads((tmp_path / "results" / "run" / "run.json").read_text())
-    assert kept == origin | {"starts": [start]}
+    assert kept == {"starts": [start]}
     (tmp_path / "run" / "run.json").unlink()
     assert "†" not in report.report([tmp_path / "run"])[0]
 

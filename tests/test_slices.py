@@ -185,8 +185,18 @@ def test_unpacking_goes_on_with_a_killed_run(packs, tmp_path, capsys):
     torch.save({"global_step": 3}, killed / "checkpoint.pt")
     assert "is another run" in refused(capsys, lambda: slices.unpack(packs, killed.parent))
     torch.save({"global_step": 2}, killed / "checkpoint.pt")
+    whole = (killed / "progress.csv").read_text()
+    (killed / "progress.csv").write_text(f"{whole}4")  # and half a row
     slices.unpack(packs, killed.parent)
     assert files(killed) == files(tmp_path / "a/run")
+
+
+def test_a_killed_run_of_another_command_is_not_replaced(packs, tmp_path, capsys):
+    slices.pack(packs, [make_run(tmp_path / "a/run", 4)])
+    other = make_run(tmp_path / "other/run", 0, "1,9.5\n")
+    torch.save({"global_step": 0}, other / "checkpoint.pt")
+    (other / "job.log").write_text("# python train.py --learning-rate 9\n")
+    assert "is another run" in refused(capsys, lambda: slices.unpack(packs, other.parent))
 
 
 def test_a_run_that_trains_is_not_replaced(packs, tmp_path, capsys):
