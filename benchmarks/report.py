@@ -150,11 +150,7 @@ OF_CURRICULA = {
 TOO_FEW = "not enough runs to say"
 # what README's table is of, by their files: the papers' mazes, and the task at its top. All other
 # questions are in REPORT.md only
-OF_README = (
-    "mazes_1.6M",
-    "mazes_of_41_x_41_cells_225_blocks_0.82M",
-    "mazes_of_41_x_41_cells_225_blocks_2.5M",
-)
+OF_README = ("mazes_1.6M", "mazes_of_41_x_41_cells_225_blocks_0.82M")
 
 
 def without_curriculum(run: Run) -> dict[str, Any]:
