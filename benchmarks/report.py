@@ -270,6 +270,8 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
                     scores["unseen mazes", updates] = at
             if brief and section.levels and {measured for measured, _ in scores} != {task}:
                 scores = {key: x for key, x in scores.items() if key[0] != task}
+            elif brief:
+                scores = {key: x for key, x in scores.items() if key[0] == task}
             known = {better, baseline} <= section.published.keys()
             for (measured, equal), (a, b) in scores.items():
                 if np.isnan([*a, *b]).any():
@@ -307,8 +309,8 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
 
 def questions_table(found: Iterable[Section], brief: bool = False) -> str:
     """Brief: only what has an interval, and a baseline or another implementation, without the
-    settings and the published numbers; of other mazes than the usual ones no mean of dcd's where
-    there is more."""
+    settings and the published numbers; of the usual mazes dcd's mean only, of others no mean of
+    dcd's where there is more."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
     head += ["published", "answer"]
     rows = [head, *(row for section in found for row in questions(section, brief))]
