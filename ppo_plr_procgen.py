@@ -1272,8 +1272,8 @@ def check_args(args: Args) -> None:
 RANK = int(os.environ.get("RANK", 0))  # torchrun's: this process
 WORLD = int(os.environ.get("WORLD_SIZE", 1))  # and how many there are
 FORMAT = f"{Path(__file__).stem} 5"  # of checkpoint.pt
-FAILURES: set[str] = set()  # of what is optional, that were said
-# what write_file writes in a run's directory
+SAID_ONCE: set[str] = set()  # lines, by say_once
+# what a training writes with write_file; evaluation_*.json are other processes'
 WRITTEN = ("args.json", "result.json", "*.pt", "*.csv", "wandb_id.txt")
 LOSSES = (
     "value_loss",
@@ -1309,7 +1309,7 @@ class Run:
     """
 
     def __init__(self, args: Args, directory: Path, checkpoint: dict[str, Any] | None):
-        FAILURES.clear()
+        SAID_ONCE.clear()
         self.args = args
         self.checkpoint = checkpoint
         self.parts: dict[str, Any] = {}
@@ -2013,10 +2013,13 @@ def optional(what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        line = f"{what} failed, the run goes on: {type(error).__name__}: {error}"
-        if line not in FAILURES:
-            say(line)
-        FAILURES.add(line)
+        say_once(f"{what} failed, the run goes on: {type(error).__name__}: {error}")
+
+
+def say_once(line: str) -> None:
+    if line not in SAID_ONCE:
+        say(line)
+    SAID_ONCE.add(line)
 
 
 def refuse(reason: str, status: int = 2) -> None:
@@ -2156,7 +2159,8 @@ def evaluate_run(args: Args, checkpoint: dict[str, Any]) -> None:
     try:
         agent.load_state_dict(checkpoint["agent"])
     except RuntimeError as error:
-        why = str(error).splitlines()[1].strip()
+        lines = str(error).splitlines()
+        why = (lines[1:] or [str(error)])[0].strip()  # PyTorch's first line names but the class
         refuse(f"--evaluate {args.evaluate} has another network than these flags make: {why}")
     result = evaluate(agent, args, device, video)
     of_run = {"global_step": checkpoint["global_step"], "args": asdict(args)}

@@ -3,6 +3,7 @@
 import itertools
 import textwrap
 from collections import defaultdict
+from collections.abc import Callable
 from typing import Any
 
 import matplotlib
@@ -19,8 +20,16 @@ PAPER = {"ls": ":", "lw": 1.5}
 CORRELATION = "correlation_"  # columns of progress.csv
 
 
+def as_far_as_most(items: list, last: Callable[[Any], float]) -> list:
+    """Without those that ended early, by their `last` step: the mean of all would end there."""
+    enough = 0.95 * np.median([last(item) for item in items])
+    return [item for item in items if last(item) >= enough]
+
+
 def averaged(runs: list, x: str, y: str) -> tuple[np.ndarray, np.ndarray]:
-    """Columns of evaluations.csv where all runs have some: x's mean (points,), y (runs, points)."""
+    """Columns of evaluations.csv where all runs have some, of those that go as far as most: x's
+    mean (points,), y (runs, points)."""
+    runs = as_far_as_most(runs, lambda run: run.evaluations["global_step"][-1])
     steps = [run.evaluations["global_step"] for run in runs]
     points = np.unique(np.concatenate(steps))
     points = points[points >= max(s[0] for s in steps)]
@@ -50,8 +59,7 @@ def draw(axis, lines: list[tuple[np.ndarray, np.ndarray]], **look: Any) -> None:
     """A line for each run; of four and more their mean and standard error, as far as most go."""
     lines = [(x, y) for x, y in lines if len(x)]
     if len(lines) > 3:
-        furthest = np.median([x[-1] for x, _ in lines])
-        lines = [(x, y) for x, y in lines if x[-1] >= 0.95 * furthest]
+        lines = as_far_as_most(lines, lambda line: line[0][-1])
         first = max(x[0] for x, _ in lines)
         grid = np.linspace(first, max(first, min(x[-1] for x, _ in lines)), 200)
         y = np.array([np.interp(grid, *line) for line in lines])
@@ -59,11 +67,6 @@ def draw(axis, lines: list[tuple[np.ndarray, np.ndarray]], **look: Any) -> None:
         lines = [(grid, y.mean(0))]
     for line in lines:
         axis.plot(*line, **look)
-
-
-def to_average(runs: list) -> list:
-    """The finished ones, or all if none is: one that was stopped would end the mean of all."""
-    return [run for run in runs if run.finished] or runs
 
 
 def panels(count: int, columns: int, width: float, height: float) -> tuple[Figure, list]:
@@ -133,7 +136,7 @@ def procgen_returns(section, published: dict) -> Figure:
                 )
                 axis.plot(x, train.mean(0), lw=1.2, mfc="white", color=color, **MARKS)
                 axis.plot(x, test.mean(0), lw=2.2, color=color, **MARKS)
-                band(axis, x, test.mean(0), test.std(0) if len(runs) > 1 else of_episodes, color)
+                band(axis, x, test.mean(0), test.std(0) if len(test) > 1 else of_episodes, color)
         for run in variant:
             if run.args["curriculum"] == "plr" and run.progress:
                 steps = run.progress["global_step"]
@@ -186,10 +189,9 @@ def unseen_curves(section) -> Figure | None:
             lines = [smoothed(run, key) for run in runs if key in run.progress]
             draw(paths, lines, color=color, ls=style, lw=1.2)
         if runs:
-            runs = to_average(runs)
             x, y = averaged(runs, "global_step", UNSEEN)
             rates.plot(x, y.mean(0), lw=2.2, color=color, **MARKS)
-            if len(runs) > 1:
+            if len(y) > 1:
                 band(rates, x, y.mean(0), stats.sem(y), color)
     rates.set(title="unseen mazes: share of episodes solved", ylim=(0, None))
     paths.set(title="mazes trained on: shortest path to the goal", ylim=(0, None))
@@ -210,7 +212,7 @@ def maze_curves(section, mazes: list[str], published: dict[str, np.ndarray]) -> 
         runs = [run for run in variant if run.evaluations]
         for axis, key in zip(axes, ("global_step", "gradient_updates")):
             if runs:
-                rates = [averaged(to_average(runs), key, column) for column in names]
+                rates = [averaged(runs, key, column) for column in names]
                 x = rates[0][0]
                 y = np.mean([rate for _, rate in rates], 0)
                 axis.plot(x, y.mean(0), lw=2, color=color, **MARKS)
