@@ -206,9 +206,11 @@ def to_be_compared(better: Run, baseline: Run) -> bool:
     return alike and curricula[0] == curricula[1] and not better.implementation  # ours first
 
 
-def question(section: Section, measured: str, better: Run, baseline: Run, brief: bool) -> str:
-    """Of two variants, by a run of each. The settings that both have stand once, before it, or not
-    if it is to be brief; nor does the buffer's size then."""
+def question(
+    section: Section, measured: str, better: Run, baseline: Run, brief: bool
+) -> tuple[str, str]:
+    """Of two variants, by a run of each: where, and what is asked. The settings that both have
+    stand in the first, or not at all if it is to be brief; nor does the buffer's size then."""
     names = better.variant.split(", "), baseline.variant.split(", ")
     shared = [x for x in names[0] if x in names[1]]
     of_levels = ("num_walls ", "maze_size ") if section.levels else ()  # the title has them
@@ -220,14 +222,15 @@ def question(section: Section, measured: str, better: Run, baseline: Run, brief:
         shared += [x for words in names for x in words if x.startswith("buffer_size ")]
     a, b = (", ".join(x for x in words if x not in shared) for words in names)
     if same_implementation(better, baseline):
-        return f"{where}: does {a} beat {b}?"
-    return f"{where}: is our {a} different from {b}?"
+        return where, f"does {a} beat {b}?"
+    return where, f"is our {a} different from {b}?"
 
 
 def questions(section: Section, brief: bool = False) -> list[list[str]]:
     """A row for each comparison of two curricula that the finished runs of one length allow, other
     settings equal: at equal steps and, where they differ, at equal gradient updates. And one for
-    each curriculum of ours and of another implementation, at equal steps."""
+    each curriculum of ours and of another implementation, at equal steps. A row begins with the two
+    parts of its `question`."""
     rows = []
     digits = 2 if section.kind == "Procgen" else 3
     for task in section.tasks:
@@ -277,7 +280,7 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
                 if np.isnan([*a, *b]).any():
                     continue  # evaluated too late to say
                 difference, *interval = difference_of_means(np.array(a), np.array(b))
-                row = [question(section, measured, runs[0], others[0], brief), equal]
+                row = [*question(section, measured, runs[0], others[0], brief), equal]
                 row += [f"{len(a)}, {len(b)}", number(difference, digits, "+")]
                 paired = np.nan, np.nan
                 if same:
@@ -313,10 +316,16 @@ def questions_table(found: Iterable[Section], brief: bool = False) -> str:
     dcd's where there is more."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
     head += ["published", "answer"]
-    rows = [head, *(row for section in found for row in questions(section, brief))]
-    if brief:
-        rows = [[*row[:6], row[7]] for row in rows if row[4] != "–"]
-    return markdown(rows) if len(rows) > 1 else ""
+    rows = [row for section in found for row in questions(section, brief)]
+    if not brief:
+        rows = [[f"{where}: {asked}", *cells] for where, asked, *cells in rows]
+        return markdown([head, *rows]) if rows else ""
+    rows = [[*row[:7], row[8]] for row in rows if row[5] != "–"]
+    table = [["where", *head[:6], head[7]]]
+    for where in dict.fromkeys(row[0] for row in rows):
+        of_it = [cells for place, *cells in rows if place == where]
+        table += [[where if cells is of_it[0] else "", *cells] for cells in of_it]
+    return markdown(table, left=2) if rows else ""
 
 
 def beside_published(section: Section) -> str:

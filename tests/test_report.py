@@ -410,8 +410,8 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
     assert all(row[-1] == "–" for (_, name), row in table_of(text, "game").items() if name in names)
     asked = f"Procgen, 25M steps, {common}, starpilot: does PLR beat uniform?"
     assert questions_in(text) == [asked]
-    asked_briefly = "Procgen, 25M steps, starpilot: does PLR beat uniform?"
-    row = table_of(blocks["questions"], "question")[asked_briefly, "steps"]
+    briefly = "Procgen, 25M steps, starpilot", "does PLR beat uniform?", "steps"
+    row = table_of(blocks["questions"], "where", words=3)[briefly]
     # 4.3027, of 2 degrees of freedom, times the root of 0.5 / 2 + 0.5 / 2
     assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "–", "yes"]
     assert report.report(dirs[1:])[2]["questions"] == ""  # a single run has no interval
@@ -573,6 +573,31 @@ def test_mazes_that_lacked_a_block_are_marked_and_a_collected_run_keeps_the_mark
     assert kept == {"starts": [start]}
     (tmp_path / "run" / "run.json").unlink()
     assert "†" not in report.report([tmp_path / "run"])[0]
+
+
+def test_the_mean_of_runs_goes_as_far_as_most_of_them():
+    steps = {"whole": 100, "nearly": 96, "stopped": 20}
+    far = report.plots.as_far_as_most(list(steps), steps.__getitem__)
+    assert far == ["whole", "nearly"]
+    assert report.plots.as_far_as_most(["stopped"], steps.__getitem__) == ["stopped"]
+
+
+def test_a_brief_table_says_once_where_its_questions_were_asked(monkeypatch):
+    of_section = {
+        1: [["mazes", "1?", "steps", "2, 2", "+0.1", "[0, 1]", "–", "–", "yes"]],
+        2: [
+            ["games", "2?", "steps", "1, 1", "+0.2", "–", "–", "–", "no interval"],
+            ["games", "3?", "steps", "2, 2", "+0.3", "[0, 1]", "–", "+0.4", "yes"],
+            ["mazes", "4?", "steps", "2, 2", "+0.5", "[0, 1]", "–", "–", "yes"],
+        ],
+    }
+    monkeypatch.setattr(report, "questions", lambda section, brief: of_section[section])
+    lines = report.questions_table([1, 2], brief=True).splitlines()
+    rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines[2:]]
+    assert [row[:2] for row in rows] == [["mazes", "1?"], ["", "4?"], ["games", "3?"]]
+    assert rows[2][2:] == ["steps", "2, 2", "+0.3", "[0, 1]", "–", "yes"]
+    lines = report.questions_table([1, 2]).splitlines()
+    assert lines[3] == "| games: 2? | steps | 1, 1 | +0.2 | – | – | – | no interval |"
 
 
 def test_mazes_that_a_curriculum_chose_are_drawn(tmp_path):
