@@ -2194,10 +2194,12 @@ def main() -> None:
             directory = run.dir  # process 0 has chosen it
             train(args, run)
         except Exception as error:  # a full disk, a dead environment, a loss that is not finite
-            with contextlib.suppress(OSError):
-                (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
             what = f"{type(error).__name__}: {error}".splitlines()[0].rstrip(":. ")
             details = f"{directory}/error_{RANK}.txt has details"
+            try:
+                (directory / f"error_{RANK}.txt").write_text(traceback.format_exc())
+            except OSError:
+                details = f"{directory}/error_{RANK}.txt cannot be written"
             again = "there is no checkpoint to go on from"
             if (directory / "checkpoint.pt").exists():
                 again = f"to go on: --resume {shlex.quote(str(directory))}"

@@ -337,6 +337,22 @@ def test_a_start_that_fails_does_not_advise_to_resume(script, monkeypatch, tmp_p
     assert message.endswith("has details; there is no checkpoint to go on from\n")
 
 
+@pytest.mark.parametrize("script", ONE)
+def test_a_directory_that_is_moved_away_is_not_said_to_have_details(
+    script, monkeypatch, tmp_path, capsys
+):
+    run_dir = tmp_path / "run"
+    move = functools.partial(shutil.move, run_dir, tmp_path / "moved")
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as stop:
+        after_updates(script, patch, 1, move)
+        main(script, patch, f"{TINY[script.__name__]} --run-dir {run_dir}")
+    message = capsys.readouterr().err
+    expected = f"{run_dir}/error_0.txt cannot be written; there is no checkpoint to go on from\n"
+    assert stop.value.code == 1 and message.endswith(expected)
+    main(script, monkeypatch, f"--resume {tmp_path}/moved")
+    assert (tmp_path / "moved/result.json").exists()
+
+
 def test_an_evaluation_that_cannot_be_written_is_shown(
     script, brief_run, brief, monkeypatch, tmp_path, capsys
 ):
