@@ -1527,13 +1527,13 @@ class Editor:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Restores `state_dict()`, arrays in any library's tensors."""
         self.rng.bit_generator.state = state["rng"]
-        self.parents = np.array(state["parents"])
+        self.parents = np.asarray(state["parents"]).copy()
         self.next_level = state["next_level"]
-        self.levels = np.array(state["levels"])
-        self.edits = np.array(state["edits"])
+        self.levels = np.asarray(state["levels"]).copy()
+        self.edits = np.asarray(state["edits"]).copy()
         side = self.args.maze_size - 2
         walls = np.unpackbits(np.asarray(state["walls"]), axis=1, count=side**2)
-        cells = [np.array(state[name], np.int64) for name in ("goal", "agent", "direction")]
+        cells = [np.asarray(state[x]).astype(np.int64) for x in ("goal", "agent", "direction")]
         self.mazes = Mazes(walls.reshape(-1, side, side).astype(bool), *cells)
 
 

@@ -89,6 +89,7 @@ GPU_SETTINGS = {
 }
 SHARED = (FEW_MAZES, "bf16 + compile"), (ALL_PROCGEN, "bf16 + compile")  # of --several
 SHARED_SECONDS = 6.0  # measured, once all of them train
+SHARED_START = 60.0  # seconds after which all of them must
 UNMEASURED = 3  # iterations of a run on a GPU
 STUBS = {  # of an evaluation: not measured, but seconds long
     "procgen": {"train_return": 0.0, "test_return": 0.0, "episodes": {}},
@@ -303,7 +304,7 @@ def share(setting: Setting, count: int, seconds: float, limit: float) -> list[fl
 def share_row(key: tuple[str, str], args: Args) -> dict[str, Any]:
     """As `measure_here`, of --several processes together."""
     began = time.perf_counter()
-    speeds = share(GPU_SETTINGS[key], args.several, SHARED_SECONDS, min(args.limit, 60.0))
+    speeds = share(GPU_SETTINGS[key], args.several, SHARED_SECONDS, min(args.limit, SHARED_START))
     return {"steps_per_second": sum(speeds), "seconds": time.perf_counter() - began}
 
 

@@ -28,6 +28,7 @@ import ppo_robust_plr_minigrid
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ppo_plr_procgen, ppo_robust_plr_minigrid
+HUNG = 600  # seconds after which something hangs: less is what a shared machine may take
 TINY = {  # flags of a whole run of a second or two, in which episodes end and levels are replayed
     "ppo_plr_procgen": "--env-id fruitbot --num-envs 4 --num-steps 24 --num-minibatches 2"
     " --update-epochs 1 --total-timesteps 384 --num-levels 5 --rho 0.2 --eval-episodes 2",
@@ -58,7 +59,7 @@ def run(script: ModuleType, flags: str, **env: str) -> subprocess.CompletedProce
     """The script as a user starts it."""
     env = {**os.environ, "OMP_NUM_THREADS": "1", **env}
     command = [sys.executable, f"{script.__name__}.py", *flags.split()]
-    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=900)
+    return subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=HUNG)
 
 
 def train(script: ModuleType, flags: str, run_dir: Path, **env: str) -> None:
@@ -147,7 +148,7 @@ def shorten_evaluation(script: ModuleType, patch: Callable = setattr) -> None:
 
 
 def wait_for(condition: Callable[[], bool]) -> None:
-    deadline = time.time() + 120
+    deadline = time.time() + HUNG
     while not condition():
         assert time.time() < deadline
         time.sleep(0.005)

@@ -22,6 +22,7 @@ from minigrid.minigrid_env import MiniGridEnv
 from PIL import Image
 from support import (
     HALF,
+    HUNG,
     ROOT,
     SCRIPTS,
     TINY,
@@ -250,7 +251,7 @@ def watched_run(script, shared) -> Path:
         env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "4", "PYTHONPATH": path}
         code = f"import support, {script.__name__} as s\nsupport.shorten_evaluation(s)\ns.main()"
         command = [sys.executable, "-c", code, *flags.split()]
-        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=HUNG)
         assert done.returncode == 0, done.stderr
         (run_dir / "stdout").write_text(done.stdout)
 

@@ -30,6 +30,7 @@ from minigrid.core.world_object import Goal
 from minigrid.minigrid_env import MiniGridEnv
 from support import (
     HALF,
+    HUNG,
     ROOT,
     SCRIPTS,
     TINY,
@@ -458,7 +459,7 @@ def test_the_screen_as_a_user_has_it(behind, script, tmp_path):
     command += '\nexit "${PIPESTATUS[0]}"'
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=600
+        ["bash", "-c", command], cwd=ROOT, env=env, capture_output=True, text=True, timeout=HUNG
     )
     assert done.returncode == 0, done.stderr
     assert (tmp_path / "run/result.json").exists()
@@ -994,7 +995,7 @@ def importing(script, flags: str, **options) -> subprocess.Popen:
 def test_ctrl_c_during_the_imports_ends_without_a_traceback(script):
     process = importing(script, "--help")
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=HUNG)
     assert process.returncode == -signal.SIGINT and err == ""
 
 
@@ -1005,7 +1006,7 @@ def test_a_shells_background_job_goes_on_after_ctrl_c(script):
     ignore = functools.partial(signal.signal, signal.SIGINT, signal.SIG_IGN)
     process = importing(script, "--help", preexec_fn=ignore)
     process.send_signal(signal.SIGINT)
-    out, _ = process.communicate(timeout=120)
+    out, _ = process.communicate(timeout=HUNG)
     assert process.returncode == 0 and "--total-timesteps" in out
 
 

@@ -9,13 +9,12 @@ import stat
 import subprocess
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import ROOT, TINY, assert_same_rows, result_of, rows
+from support import HUNG, ROOT, TINY, assert_same_rows, result_of, rows, wait_for
 
 import ppo_robust_plr_minigrid as script
 
@@ -53,16 +52,9 @@ def start(out: Path, *flags: str, command: str = COMMAND, **env: str) -> subproc
 
 
 def finish(process: subprocess.Popen, status: int = 0) -> str:
-    out, err = process.communicate(timeout=90)
+    out, err = process.communicate(timeout=HUNG)
     assert process.returncode == status and not err, err
     return out
-
-
-def wait_for(condition) -> None:
-    deadline = time.time() + 90
-    while not condition():
-        assert time.time() < deadline
-        time.sleep(0.005)
 
 
 def pids(*words: str) -> list[int]:

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from support import ROOT
+from support import HUNG, ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import peers
@@ -94,6 +94,7 @@ def test_on_a_gpu_runs_are_in_this_process_and_some_share_it(tmp_path, monkeypat
     monkeypatch.setattr(throughput, "GPU_SETTINGS", settings)
     monkeypatch.setattr(throughput, "SHARED", (("mazes", "fp32"),))
     monkeypatch.setattr(throughput, "SHARED_SECONDS", 2.0)
+    monkeypatch.setattr(throughput, "SHARED_START", HUNG)
     monkeypatch.setattr(throughput, "NUM_STEPS", 24)
     before = ppo_robust_plr_minigrid.evaluate, signal.getsignal(signal.SIGTERM), sys.argv
     flags = f"--gpu --several 2 --commit abcdefg --out {tmp_path}"
@@ -123,7 +124,7 @@ def test_on_a_gpu_runs_are_in_this_process_and_some_share_it(tmp_path, monkeypat
 def test_of_processes_that_share_a_gpu_one_that_fails_says_why():
     setting = throughput.Setting("mazes", 4, "--rho 2", 16)
     with pytest.raises(RuntimeError, match="--rho 2.0 must be between 0 and 1"):
-        throughput.share(setting, 1, seconds=1.0, limit=60.0)
+        throughput.share(setting, 1, seconds=1.0, limit=HUNG)
 
 
 def test_ratios_to_a_peer_are_of_the_same_round_and_script():

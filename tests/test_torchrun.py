@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from support import (
     HALF,
+    HUNG,
     ROOT,
     TINY,
     Process,
@@ -77,7 +78,7 @@ def torchrun(
         start_new_session=True,
     )
     try:
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=HUNG)
     finally:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)  # no rank is left behind
@@ -95,7 +96,7 @@ def ranks(
     """The same to the end, in processes forked for it, which find each other as those of torchrun
     do: what each said on stderr."""
     store = dist.TCPStore(
-        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=300)
+        "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=HUNG)
     )
     env = {
         "MASTER_ADDR": "127.0.0.1",
