@@ -28,7 +28,7 @@ import ppo_robust_plr_minigrid
 
 ROOT = Path(__file__).parent.parent
 SCRIPTS = ppo_plr_procgen, ppo_robust_plr_minigrid
-HUNG = 600  # seconds after which something hangs: less is what a shared machine may take
+HUNG = 900  # seconds after which something hangs: less is what a shared machine may take
 TINY = {  # flags of a whole run of a second or two, in which episodes end and levels are replayed
     "ppo_plr_procgen": "--env-id fruitbot --num-envs 4 --num-steps 24 --num-minibatches 2"
     " --update-epochs 1 --total-timesteps 384 --num-levels 5 --rho 0.2 --eval-episodes 2",
