@@ -1983,6 +1983,7 @@ class Run:
         self.began = time.time()
         self.evaluation: dict[str, Any] | None = None  # the last one
         self.evaluation_shown = True
+        self.slice_start = (0, 0.0)  # iterations and time when this process began to train
         self.last_report = (0, 0.0)  # steps and train_seconds at the last line on the screen
         self.signals: list[int] = []
         self.stopping = False
@@ -2017,6 +2018,7 @@ class Run:
         )
         patience.daemon = True
         patience.start()
+        self.slice_start = (self.iteration, time.time())
         self.last_report = (self.global_step, self.train_seconds)
         while self.iteration < self.args.num_iterations and not self.stopping:
             self.iteration += 1
@@ -2060,7 +2062,10 @@ class Run:
 
     def _show_progress(self, steps_per_second: float) -> None:
         share = self.iteration / self.args.num_iterations
-        minutes_left = int((time.time() - self.began) * (1 / share - 1) / 60)
+        # at the pace since this process began: the slices before may be another machine's
+        iterations_before, start = self.slice_start
+        pace = (time.time() - start) / (self.iteration - iterations_before)
+        minutes_left = int(pace * (self.args.num_iterations - self.iteration) / 60)
         line = [
             f"step {self.global_step:,} ({share:.1%})",
             f"{minutes_left // 60}h{minutes_left % 60:02d}m left",

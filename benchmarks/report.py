@@ -148,9 +148,9 @@ OF_CURRICULA = {
     "accel_base",
 }  # fmt: skip
 TOO_FEW = "not enough runs to say"
-# what README's table is of, by their files: the papers' mazes, and the task at its top. All other
+# what README's table is of, by their files: the papers' tasks, and the one at its top. All other
 # questions are in REPORT.md only
-OF_README = ("mazes_1.6M", "mazes_of_41_x_41_cells_225_blocks_0.82M")
+OF_README = ("procgen_2M", "mazes_1.6M", "mazes_8.2M", "mazes_of_41_x_41_cells_225_blocks_0.82M")
 
 
 def without_curriculum(run: Run) -> dict[str, Any]:

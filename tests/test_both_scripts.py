@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import numpy as np
@@ -115,6 +116,19 @@ def test_what_a_person_sees(script, finished_run):
         and "Gym has been unmaintained" not in out + err
     )
     assert torch.cuda.is_available() or "training on 1 CPU thread\n" in out
+
+
+def test_the_time_left_is_by_the_pace_of_this_process(script, monkeypatch, capsys):
+    goes_on = script.Run.__new__(script.Run)
+    goes_on.args = SimpleNamespace(num_iterations=100, batch_size=10)
+    goes_on.notes, goes_on.evaluation_shown, goes_on.episodic_return = [], True, 0.5
+    goes_on.began = 0.0  # slices of a slower machine: 40 iterations in 86,400 s
+    goes_on.slice_start = (40, 86_400.0)
+    goes_on.iteration = 50
+    monkeypatch.setattr(script.time, "time", lambda: 87_000.0)
+    goes_on._show_progress(7.0)
+    line = "step 500 (50.0%) | 0h50m left | 7 steps/s | train return 0.50\n"  # 50 more, 60 s each
+    assert capsys.readouterr().out == line
 
 
 CHANGES = {
