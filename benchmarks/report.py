@@ -312,16 +312,16 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
 
 def questions_table(found: Iterable[Section], brief: bool = False) -> str:
     """Brief: only what has an interval, and a baseline or another implementation, without the
-    settings and the published numbers; of the usual mazes dcd's mean only, of others no mean of
-    dcd's where there is more."""
+    settings, the interval within seeds and the published numbers; of the usual mazes dcd's mean
+    only, of others no mean of dcd's where there is more."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
     head += ["published", "answer"]
     rows = [row for section in found for row in questions(section, brief)]
     if not brief:
         rows = [[f"{where}: {asked}", *cells] for where, asked, *cells in rows]
         return markdown([head, *rows]) if rows else ""
-    rows = [[*row[:7], row[8]] for row in rows if row[5] != "–"]
-    table = [["where", *head[:6], head[7]]]
+    rows = [[*row[:6], row[8]] for row in rows if row[5] != "–"]
+    table = [["where", *head[:5], head[7]]]
     for where in dict.fromkeys(row[0] for row in rows):
         of_it = [cells for place, *cells in rows if place == where]
         table += [[where if cells is of_it[0] else "", *cells] for cells in of_it]

@@ -413,7 +413,7 @@ def test_settings_that_all_runs_or_both_of_a_question_have_are_named_once(tmp_pa
     briefly = "Procgen, 25M steps, starpilot", "does PLR beat uniform?", "steps"
     row = table_of(blocks["questions"], "where", words=3)[briefly]
     # 4.3027, of 2 degrees of freedom, times the root of 0.5 / 2 + 0.5 / 2
-    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "–", "yes"]
+    assert row == ["2, 2", "+10.00", "[+6.96, +13.04]", "yes"]
     assert report.report(dirs[1:])[2]["questions"] == ""  # a single run has no interval
     # with another run the first is all runs' setting, the second that of the two that are compared
     starpilot(tmp_path / "other", "uniform", 1, 20.0, num_envs=32)
@@ -587,7 +587,7 @@ def test_a_brief_table_says_once_where_its_questions_were_asked(monkeypatch):
         1: [["mazes", "1?", "steps", "2, 2", "+0.1", "[0, 1]", "–", "–", "yes"]],
         2: [
             ["games", "2?", "steps", "1, 1", "+0.2", "–", "–", "–", "no interval"],
-            ["games", "3?", "steps", "2, 2", "+0.3", "[0, 1]", "–", "+0.4", "yes"],
+            ["games", "3?", "steps", "2, 2", "+0.3", "[0, 1]", "[0, 2]", "+0.4", "yes"],
             ["mazes", "4?", "steps", "2, 2", "+0.5", "[0, 1]", "–", "–", "yes"],
         ],
     }
@@ -595,7 +595,7 @@ def test_a_brief_table_says_once_where_its_questions_were_asked(monkeypatch):
     lines = report.questions_table([1, 2], brief=True).splitlines()
     rows = [[x.strip() for x in line.strip("|").split("|")] for line in lines[2:]]
     assert [row[:2] for row in rows] == [["mazes", "1?"], ["", "4?"], ["games", "3?"]]
-    assert rows[2][2:] == ["steps", "2, 2", "+0.3", "[0, 1]", "–", "yes"]
+    assert rows[2][2:] == ["steps", "2, 2", "+0.3", "[0, 1]", "yes"]
     lines = report.questions_table([1, 2]).splitlines()
     assert lines[3] == "| games: 2? | steps | 1, 1 | +0.2 | – | – | – | no interval |"
 
