@@ -418,11 +418,13 @@ def begin(args: Args) -> tuple[Args, dict[str, Any] | None]:
         args.run_dir = args.resume
         for name in ("progress.csv", "evaluations.csv"):
             ours.cut_rows(args.run_dir / name, checkpoint["global_step"])
-    elif args.run_dir == Path() or args.run_dir.exists():
-        refuse(f"--run-dir {args.run_dir} must be a new folder.")
-    else:
+    settings = settings_of(args)
+    ours.check_args(settings)
+    if checkpoint is None:
+        if args.run_dir.exists():
+            refuse(f"--run-dir {args.run_dir} must be a new folder.")
         args.run_dir.mkdir(parents=True)
-        written = asdict(settings_of(args)) | {"implementation": f"level-replay {args.commit}"}
+        written = asdict(settings) | {"implementation": f"level-replay {args.commit}"}
         (args.run_dir / "args.json").write_text(json.dumps(written, indent=2))
     place = commit_and_machine(Path(__file__).resolve())
     log = f"# {place}\n$ {shlex.join(['python', *sys.argv])}\ntraining on 1 CPU thread\n"
@@ -436,7 +438,6 @@ def begin(args: Args) -> tuple[Args, dict[str, Any] | None]:
 def main() -> None:
     args, checkpoint = begin(tyro.cli(Args))
     settings = settings_of(args)
-    ours.check_args(settings)
     recorder = Recorder(args, settings, checkpoint)
 
     def stop(*_: Any) -> None:
