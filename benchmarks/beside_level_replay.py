@@ -383,6 +383,7 @@ def run_train(args: Args, recorder: Recorder) -> None:
     train.FileWriter = recorder
     train.evaluate = lambda *_, **__: [0.0]
     settings = recorder.settings
+    ours.choose_device(settings)  # and the memory-allocator settings that our script has
     left = settings.num_iterations - recorder.iteration
     words = [*flags_of(settings, left), "--no_cuda", "--disable_checkpoint"]
     flags = train.parser.parse_args(words)
@@ -397,7 +398,8 @@ def settings_of(args: Args) -> ours.Args:
     same += ("num_minibatches", "precision", "eval_interval", "eval_episodes")
     same += ("checkpoint_interval",)
     chosen: dict[str, Any] = {name: getattr(args, name) for name in same}
-    return ours.Args(exp_name="level-replay", run_dir=str(args.run_dir), env_threads=1, **chosen)
+    chosen |= {"exp_name": "level-replay", "run_dir": str(args.run_dir)}
+    return ours.Args(cuda=False, env_threads=1, **chosen)
 
 
 def begin(args: Args) -> tuple[Args, dict[str, Any] | None]:
