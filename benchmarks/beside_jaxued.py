@@ -18,9 +18,7 @@ There are no checkpoints: a run that was stopped has to be started anew.
 """
 
 import json
-import shlex
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -31,7 +29,7 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from common import commit_and_machine, refuse
+from common import log_start, refuse
 from torch import Tensor, nn
 
 import ppo_robust_plr_minigrid as ours
@@ -280,10 +278,7 @@ def main() -> None:
     args.run_dir.mkdir(parents=True)
     written = asdict(settings) | {"implementation": f"jaxued {args.commit}"}
     (args.run_dir / "args.json").write_text(json.dumps(written, indent=2))
-    place = commit_and_machine(Path(__file__).resolve())
-    command = shlex.join(["python", *sys.argv])
-    log = f"# {place}\n$ {command}\ntraining on 1 CPU threads\n"
-    (args.run_dir / "job.log").write_text(log)
+    log_start(args.run_dir, __file__)
     train(args, settings)
 
 

@@ -26,12 +26,11 @@ import importlib
 import io
 import json
 import random
-import shlex
 import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, Literal
@@ -40,7 +39,7 @@ from unittest.mock import MagicMock
 import numpy as np
 import torch
 import tyro
-from common import commit_and_machine, refuse
+from common import log_start, refuse
 from torch import Tensor, nn
 
 import ppo_plr_procgen as ours
@@ -180,7 +179,7 @@ class Recorder:
         self.began = self.last_time = time.time()
         self.parts: dict[str, Any] = {}
         self.finished: list[dict[str, float]] = []  # episodes since the last row
-        self.evaluation: dict[str, Any] = {}
+        self.evaluation: dict[str, Any] = checkpoint["evaluation"] if checkpoint else {}
         self.stopped = False
 
     # what train.py calls
@@ -291,7 +290,6 @@ class Recorder:
         monitor.eprets, monitor.eplens = state["episodes"]
         rms = normalize.ret_rms
         normalize.ret, rms.mean, rms.var, rms.count = state["rewards"]
-        self.evaluation = state["evaluation"]
         of_python, of_numpy, of_torch = state["random"]
         random.setstate(of_python)
         np.random.set_state(of_numpy)
@@ -407,19 +405,7 @@ def begin(args: Args) -> tuple[Args, dict[str, Any] | None]:
     for path, file in ((args.level_replay, "train.py"), (args.baselines, "baselines/logger.py")):
         if not (path / file).exists():
             refuse(f"{path} must be a source tree with {file}.")
-    checkpoint = None
-    if args.resume:
-        path = args.resume / "checkpoint.pt"
-        if not path.exists():
-            refuse(f"--resume {args.resume} must be a run: it has no checkpoint.pt.")
-        checkpoint = torch.load(path, weights_only=False)  # our own file
-        saved = json.loads((args.resume / "args.json").read_text())
-        for name in vars(args).keys() & saved.keys() - {"run_dir", "resume"}:
-            setattr(args, name, saved[name])
-        args.commit = saved["implementation"].split()[1]
-        args.run_dir = args.resume
-        for name in ("progress.csv", "evaluations.csv"):
-            ours.cut_rows(args.run_dir / name, checkpoint["global_step"])
+    checkpoint = load_run(args) if args.resume else None
     settings = settings_of(args)
     ours.check_args(settings)
     if checkpoint is None:
@@ -428,13 +414,35 @@ def begin(args: Args) -> tuple[Args, dict[str, Any] | None]:
         args.run_dir.mkdir(parents=True)
         written = asdict(settings) | {"implementation": f"level-replay {args.commit}"}
         (args.run_dir / "args.json").write_text(json.dumps(written, indent=2))
-    place = commit_and_machine(Path(__file__).resolve())
-    log = f"# {place}\n$ {shlex.join(['python', *sys.argv])}\ntraining on 1 CPU thread\n"
-    if checkpoint:
-        log += f"continuing at step {checkpoint['global_step']:,}\n"
-    with open(args.run_dir / "job.log", "a") as file:
-        file.write(log)
+    else:
+        for name in ("progress.csv", "evaluations.csv"):
+            ours.cut_rows(args.run_dir / name, checkpoint["global_step"])
+    log_start(args.run_dir, __file__, checkpoint["global_step"] if checkpoint else 0)
     return args, checkpoint
+
+
+def load_run(args: Args) -> dict[str, Any]:
+    """The checkpoint of the run in --resume, whose flags replace those in args."""
+    if (args.resume / "result.json").exists():
+        refuse(f"--resume {args.resume} is finished: its result.json is there.")
+    try:
+        # what our own Recorder.save wrote, generators' states among it
+        checkpoint = torch.load(args.resume / "checkpoint.pt", weights_only=False)
+        saved = json.loads((args.resume / "args.json").read_text())
+        saved["commit"] = saved["implementation"].split()[1]
+    except Exception as error:  # whatever a damaged file makes of torch.load
+        why = (str(error) or repr(error)).splitlines()[0]
+        refuse(f"--resume {args.resume} is not a run that can be loaded: {why}")
+    for f in fields(Args):
+        if f.name in ("run_dir", "resume") or f.name not in saved:
+            continue
+        given = getattr(args, f.name)
+        if given not in (f.default, saved[f.name]):
+            flag = f"--{f.name.replace('_', '-')} {given}"
+            refuse(f"{flag} must be {saved[f.name]}, as in the run to resume.")
+        setattr(args, f.name, saved[f.name])
+    args.run_dir = args.resume
+    return checkpoint
 
 
 def main() -> None:
@@ -442,19 +450,22 @@ def main() -> None:
     settings = settings_of(args)
     recorder = Recorder(args, settings, checkpoint)
 
-    def stop(*_: Any) -> None:
+    def stop(number: int, _: Any) -> None:
         recorder.stopped = True
-        ours.say("finishing this update, then saving")
+        signal.signal(number, signal.SIG_DFL)  # a second one ends it at once
+        ours.say("finishing this update, then saving; again to stop now")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     if recorder.iteration < settings.num_iterations:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, stop)
         try:
             run_train(args, recorder)
         except KeyboardInterrupt:
             ours.say(f"stopped; to go on: --resume {args.run_dir}")
             return
-    agent = recorder.parts["actor_critic"]
+        agent = recorder.parts["actor_critic"].state_dict()
+    else:  # a run that was killed after its last checkpoint has only its result left to write
+        agent = checkpoint["agent"]
     result = {
         "env_id": args.env_id,
         "curriculum": args.curriculum,
@@ -463,7 +474,7 @@ def main() -> None:
         "global_step": recorder.iteration * settings.batch_size,
         "wall_seconds": recorder.wall_before + time.time() - recorder.began,
         "torch": torch.__version__,
-        "fingerprint": ours.fingerprint(agent.state_dict()),
+        "fingerprint": ours.fingerprint(agent),
         "evaluation": recorder.evaluation,
     }
     ours.write_file(args.run_dir / "result.json", result)

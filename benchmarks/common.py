@@ -3,6 +3,7 @@
 import csv
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,19 @@ def commit_and_machine(script: Path) -> str:
     gpus = Counter(output_of(*query).splitlines())
     names = [f"{count} {name}" for name, count in gpus.items()]
     return f"commit {commit} on {cpu_name()}, {' and '.join(names) or 'no GPU'}"
+
+
+def log_start(run_dir: Path, driver: str, from_step: int = 0) -> None:
+    """Adds this process, a slice of a run, to its job.log as collect.py reads it."""
+    command = shlex.join(["python", *sys.argv])
+    lines = [
+        f"# {commit_and_machine(Path(driver).resolve())}",
+        f"$ {command}",
+        "training on 1 CPU thread",
+    ]
+    lines += [f"continuing at step {from_step:,}"] if from_step else []
+    with open(run_dir / "job.log", "a") as log:
+        log.writelines(f"{line}\n" for line in lines)
 
 
 def markdown(rows: Iterable[Iterable[str]], left: int = 1) -> str:

@@ -19,7 +19,10 @@ from support import ROOT
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import beside_level_replay as beside
-from common import read_csv
+from collect import read_starts
+from common import log_start, read_csv
+
+import ppo_plr_procgen as ours
 
 TREES = [os.environ.get(name, "") for name in ("LEVEL_REPLAY", "BASELINES")]
 PYTHON = os.environ.get("LEVEL_REPLAY_PYTHON", sys.executable)
@@ -169,8 +172,6 @@ def test_procgen_as_their_code_expects_it():
             games.step_async(np.full(3, 4))
             _, rewards, ended, infos = games.step_wait()
             assert [x["level_seed"] for x in infos] == games.levels.tolist()  # just played
-            if ended[0] or ended[2]:  # nobody resets those: the game does
-                continue
         before = games.observe()["rgb"].copy()
         games.seed(7, 1)
         after = games.observe()["rgb"]
@@ -205,6 +206,17 @@ def test_a_row_of_progress_says_what_ours_does(tmp_path):
     assert [row[name] for name in beside.CURRICULUM] == [0.0] * 6
 
 
+def test_a_log_of_slices_is_read_by_collect(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["driver.py", "--seed", "1"])
+    log_start(tmp_path, beside.__file__)
+    monkeypatch.setattr(sys, "argv", ["driver.py", "--resume", "a run"])
+    log_start(tmp_path, beside.__file__, 98_304)
+    first, second = read_starts((tmp_path / "job.log").read_text())
+    assert (first["command"], first["from_step"]) == ("python driver.py --seed 1", 0)
+    assert (second["command"], second["from_step"]) == ("python driver.py --resume 'a run'", 98_304)
+    assert first["commit"] == second["commit"] and "cores" in first["machine"]
+
+
 def test_our_evaluation_plays_their_network():
     seen = {}
 
@@ -225,7 +237,7 @@ def test_our_evaluation_plays_their_network():
     "flags, named",
     [
         ("--run-dir {}/run", "must be a source tree with train.py"),
-        ("--resume {}", "must be a run: it has no checkpoint.pt"),
+        ("--resume {}", "is not a run that can be loaded: [Errno 2] No such file"),
         ("", "--run-dir . must be a new folder"),
         ("--run-dir {}", "must be a new folder"),
         ("--run-dir {}/run --num-minibatches 3", "--num-minibatches 3 must be a divisor"),
@@ -243,3 +255,54 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, flags, named
         beside.main()
     assert stop.value.code == 2 and named in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+def a_run(path, seed=3):
+    """As a kill between the last checkpoint and result.json leaves it."""
+    args = beside.Args(path, path, path, seed=seed, total_timesteps=16384, commit="ccecf45")
+    written = beside.asdict(beside.settings_of(args)) | {"implementation": "level-replay ccecf45"}
+    path.mkdir()
+    (path / "args.json").write_text(json.dumps(written))
+    evaluation = {"test_return": 2.5}
+    agent = {"weight": torch.ones(2)}
+    state = {"iteration": 1, "global_step": 16384, "wall_seconds": 9.0, "evaluation": evaluation}
+    torch.save(state | {"agent": agent}, path / "checkpoint.pt")
+    return agent
+
+
+def resume(path, trees, monkeypatch, *flags):
+    for tree, file in zip(trees, ("train.py", "baselines/logger.py")):
+        (tree / file).parent.mkdir(parents=True, exist_ok=True)
+        (tree / file).touch()
+    words = [*trees, "--resume", path, *flags]
+    monkeypatch.setattr(sys, "argv", ["beside_level_replay.py", *map(str, words)])
+    beside.main()
+
+
+def test_only_the_result_is_left_to_write(tmp_path, monkeypatch):
+    agent = a_run(tmp_path / "run")
+    resume(tmp_path / "run", (tmp_path / "a", tmp_path / "b"), monkeypatch)
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert result["evaluation"] == {"test_return": 2.5} and result["global_step"] == 16384
+    assert result["fingerprint"] == ours.fingerprint(agent)
+    assert (result["seed"], result["implementation"]) == (3, "level-replay ccecf45")
+
+
+def test_a_resume_that_cannot_work_is_refused(tmp_path, monkeypatch, capsys):
+    trees = tmp_path / "a", tmp_path / "b"
+    a_run(tmp_path / "run")
+
+    def refused(*flags):
+        with pytest.raises(SystemExit) as stop:
+            resume(tmp_path / "run", trees, monkeypatch, *flags)
+        assert stop.value.code == 2
+        return capsys.readouterr().err
+
+    assert "--seed 4 must be 3, as in the run to resume" in refused("--seed", "4")
+    assert "--precision bf16 must be fp32" in refused("--precision", "bf16")
+    whole = (tmp_path / "run" / "checkpoint.pt").read_bytes()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(whole[:200])
+    assert f"--resume {tmp_path / 'run'} is not a run that can be loaded" in refused()
+    (tmp_path / "run" / "checkpoint.pt").write_bytes(whole)
+    resume(tmp_path / "run", trees, monkeypatch)
+    assert "is finished" in refused()
