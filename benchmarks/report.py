@@ -275,6 +275,8 @@ def questions(section: Section, brief: bool = False) -> list[list[str]]:
                 scores = {key: x for key, x in scores.items() if key[0] != task}
             elif brief:
                 scores = {key: x for key, x in scores.items() if key[0] == task}
+            if brief and runs[0].implementation:  # not ours
+                scores = {key: x for key, x in scores.items() if key[1] == "steps"}
             known = {better, baseline} <= section.published.keys()
             for (measured, equal), (a, b) in scores.items():
                 if np.isnan([*a, *b]).any():
@@ -313,7 +315,8 @@ def published_gap(section: Section, task: str, better: str, baseline: str) -> st
 def questions_table(found: Iterable[Section], brief: bool = False) -> str:
     """Brief: only what has an interval, and a baseline or another implementation, without the
     settings, the interval within seeds and the published numbers; of the usual mazes dcd's mean
-    only, of others no mean of dcd's where there is more."""
+    only, of others no mean of dcd's where there is more; of another implementation's own curricula
+    only at equal steps."""
     head = ["question", "at equal", "runs", "difference", "95 % interval", "within seeds"]
     head += ["published", "answer"]
     rows = [row for section in found for row in questions(section, brief)]

@@ -456,6 +456,14 @@ def test_ours_stands_beside_jaxueds(tmp_path, theirs, said):
     assert collect.default_name(args) == "jaxued_mazes_robust_plr_60M_seed2_precision=bf16"
 
 
+def test_readme_asks_about_jaxueds_own_curricula_at_equal_steps_only():
+    found = []  # the cells after the question: at equal steps, at equal updates
+    for path in (RUNS.parent / "REPORT.md", ROOT / "README.md"):
+        asked = path.read_text().split("beat jaxued's DR? | ")[1:]
+        found.append({after.partition(" | ")[0] for after in asked})
+    assert found == [{"steps", "1,740 updates"}, {"steps"}]
+
+
 def test_ours_and_jaxueds_with_other_settings_or_lengths_are_not_compared(tmp_path):
     source = "mazes_robust_plr_60M_seed1_precision=bf16"
     mark = {"implementation": "jaxued 0f8f128"}
