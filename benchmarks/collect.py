@@ -63,11 +63,18 @@ def millions(steps: float) -> str:
     return f"{float(f'{steps / 1e6:.2g}'):.6f}".rstrip("0").rstrip(".") + "M"
 
 
+def whose(args: dict[str, Any]) -> str:
+    """Whose code made a run: "" is our scripts as they are; "jaxued" of what args.json calls
+    "jaxued COMMIT"; "ours with ..." of a driver that changes something of ours."""
+    implementation = args.get("implementation", "")
+    return implementation if implementation.startswith("ours ") else implementation.split(" ")[0]
+
+
 def default_name(args: dict[str, Any]) -> str:
     # Procgen has a maze, too
     game = "mazes" if args["env_id"] == "maze" and kind_of(args) == "mazes" else args["env_id"]
-    if "implementation" in args:  # not ours: jaxued's, of beside_jaxued.py
-        game = f"{args['implementation'].split()[0]}_{game}"
+    if "implementation" in args:
+        game = f"{whose(args).replace(' ', '_')}_{game}"
     parts = [game, args["curriculum"], millions(args["total_timesteps"]), f"seed{args['seed']}"]
     return "_".join([*parts, *(f"{name}={value}" for name, value in settings(args).items())])
 

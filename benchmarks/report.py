@@ -18,7 +18,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import plots
 import tyro
-from collect import settings
+from collect import settings, whose
 from common import ROOT, RUNS, UNSEEN, markdown, refuse
 from runs import (
     MAZES,
@@ -185,10 +185,15 @@ def answer(low: float, high: float) -> str:
 
 
 def is_different(low: float, high: float) -> str:
-    """Of ours minus another implementation's; that they are equal no interval says."""
+    """Of ours minus another's, or ours changed; that they are equal no interval says."""
     if low > 0:
         return "yes: ours is better"
     return "yes: ours is worse" if high < 0 else TOO_FEW
+
+
+def foreign(run: Run) -> int:
+    """0: of our scripts as they are, 1: with something changed, 2: of another's code."""
+    return 1 if whose(run.args).startswith("ours ") else 2 * bool(whose(run.args))
 
 
 def same_implementation(a: Run, b: Run) -> bool:
@@ -197,13 +202,13 @@ def same_implementation(a: Run, b: Run) -> bool:
 
 def to_be_compared(better: Run, baseline: Run) -> bool:
     """Two curricula of one implementation, or ours and another's of one curriculum; other settings
-    equal."""
+    equal. Ours first: as it is, then with something changed."""
     curricula = better.args["curriculum"], baseline.args["curriculum"]
     if same_implementation(better, baseline):
         alike = without_curriculum(better) == without_curriculum(baseline)
         return alike and curricula in QUESTIONS
     alike = settings(better.args) == settings(baseline.args)
-    return alike and curricula[0] == curricula[1] and not better.implementation  # ours first
+    return alike and curricula[0] == curricula[1] and foreign(better) < foreign(baseline)
 
 
 def question(

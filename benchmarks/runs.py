@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from collect import kind_of, millions, settings
+from collect import kind_of, millions, settings, whose
 from common import ROOT, UNSEEN, read_csv, read_text, refuse
 
 NAMES = {"uniform": "uniform", "sequential": "sequential", "dr": "DR", "plr": "PLR"}
@@ -84,7 +84,7 @@ class Run:
         compiled = ", compiled" if self.args["compile"] else ""
         code = " and ".join(dict.fromkeys(commits))
         self.made = f"{self.args['precision']}{compiled}, code of {code}"
-        # of beside_jaxued.py: jaxued and its commit; "" of our scripts
+        # "" of our scripts as they are; see whose() in collect.py
         self.implementation = self.args.get("implementation", "")
         if self.implementation:
             self.made = f"{self.implementation}, started by code of {code}"
@@ -170,8 +170,10 @@ def read_run(run_dir: Path) -> Run:
         if others.get("augment") == "ucb" and args["curriculum"] in UCB_NAMES:
             method = UCB_NAMES[args["curriculum"]]
             del others["augment"]
-        if "implementation" in args:
-            method = f"{args['implementation'].split()[0]}'s {method}"
+        if whose(args).startswith("ours "):
+            method += whose(args).removeprefix("ours")
+        elif whose(args):
+            method = f"{whose(args)}'s {method}"
         names = [f"{key} {x}" for key, x in others.items() if key not in ("precision", "compile")]
         origin = json.loads(read_text(run_dir / "run.json") or "{}")
         progress = read_columns(run_dir / "progress.csv")

@@ -38,6 +38,7 @@ import json
 import numpy as np, torch
 import beside_level_replay as beside
 import ppo_plr_procgen as ours
+from with_tail_term import with_tail_term
 args, _ = beside.begin(beside.tyro.cli(beside.Args))
 settings = beside.settings_of(args)
 T, N = settings.num_steps, settings.num_envs
@@ -75,14 +76,8 @@ def compare(rollouts):
         advantages, (rollouts.returns - rollouts.value_preds)[:T, :, 0], rtol=1e-3, atol=2e-5
     )
     step_scores = np.abs(advantages)
-    for env in range(N):  # their one term more, of an episode that goes on: (S + |V'|) / (n + 1)
-        begins = 1 + np.flatnonzero(ended[:, env]).max(initial=-1)
-        n = T - begins
-        if n:
-            tail = step_scores[begins:, env]
-            more = (n * abs(values[T, env]) - tail.sum()) / (n + 1)
-            step_scores[-1, env] += more
-            compared["tails"] += 1
+    compared["tails"] += int((~ended[-1]).sum())
+    step_scores = with_tail_term(step_scores, ended, values[T])
     sampler.update(levels, step_scores, ended)
     compared["episodes"] += int(ended.sum())
 

@@ -456,6 +456,28 @@ def test_ours_stands_beside_jaxueds(tmp_path, theirs, said):
     assert collect.default_name(args) == "jaxued_mazes_robust_plr_60M_seed2_precision=bf16"
 
 
+def test_ours_with_something_changed_stands_between_ours_and_anothers(tmp_path):
+    marks = {
+        "ours": {},
+        "changed": {"implementation": "ours with the tail term"},
+        "theirs": {"implementation": "level-replay ccecf45"},
+    }
+    for name, mark in marks.items():
+        for seed in (1, 2):
+            starpilot(tmp_path / name, "plr", seed, 20.0 + seed, **mark)
+    starpilot(tmp_path / "ours", "uniform", 1, 20.0)
+    text = report.report([path.parent for path in tmp_path.rglob("args.json")])[0]
+    asked = {question.partition(": ")[2] for question, _ in table_of(text, "question")}
+    assert {question for question in asked if "PLR" in question} == {
+        "does PLR beat uniform?",
+        "is our PLR different from PLR with the tail term?",
+        "is our PLR different from level-replay's PLR?",
+        "is our PLR with the tail term different from level-replay's PLR?",
+    }
+    args = json.loads((tmp_path / "changed" / "plr2" / "args.json").read_text())
+    assert collect.default_name(args).startswith("ours_with_the_tail_term_starpilot_plr_25M_seed2")
+
+
 def test_readme_asks_about_jaxueds_own_curricula_at_equal_steps_only():
     found = []  # the cells after the question: at equal steps, at equal updates
     for path in (RUNS.parent / "REPORT.md", ROOT / "README.md"):
