@@ -17,7 +17,7 @@ from torch import Tensor
 
 import ppo_plr_procgen as script
 
-BEFORE = script.Agent, script.LevelSampler, script.Args, script.check_args
+our_check_args = script.check_args
 
 
 def with_tail_term(step_scores: ndarray, ended: ndarray, next_values: ndarray) -> ndarray:
@@ -32,19 +32,19 @@ def with_tail_term(step_scores: ndarray, ended: ndarray, next_values: ndarray) -
 
 
 @dataclass
-class Args(BEFORE[2]):
+class Args(script.Args):
     exp_name: str = "with_tail_term"
     implementation: str = field(init=False, default="ours with the tail term")
 
 
-class Agent(BEFORE[0]):
+class Agent(script.Agent):
     def get_value(self, x: Tensor) -> Tensor:
         values = super().get_value(x)
         LevelSampler.next_values = script.to_numpy(values)
         return values
 
 
-class LevelSampler(BEFORE[1]):
+class LevelSampler(script.LevelSampler):
     next_values = np.zeros(0)  # (N,) V' of the last rollout
 
     def update(self, levels: ndarray, step_scores: ndarray, dones: ndarray) -> np.recarray:
@@ -54,7 +54,7 @@ class LevelSampler(BEFORE[1]):
 def check_args(args: Args) -> None:
     if args.score != "value_l1" or args.stitch_episodes or script.WORLD > 1:
         refuse("with_tail_term.py needs --score value_l1, no --stitch-episodes and no torchrun.")
-    BEFORE[3](args)
+    our_check_args(args)
 
 
 def main() -> None:
