@@ -8,16 +8,18 @@ How to install both is in peers.py.
 The script itself is not changed: jaxued_process.py runs it, and says what is substituted around it.
 What its flags set is set to the defaults of our Args, or to the flags below. DR is the same script
 that never replays and learns on new levels (not maze_dr.py, whose episodes go on from rollout to
-rollout and whose levels change after each episode: ours do as maze_plr.py's). Ten times in a run
-its network plays our evaluation, the same mazes with the same random stream; `JaxuedAgent` takes
-its parameters, since its heads have ReLU where ours have tanh.
+rollout and whose levels change after each episode: ours do as maze_plr.py's). Each --eval-interval
+updates its network plays our evaluation, the same mazes with the same random stream; `JaxuedAgent`
+takes its parameters, since its heads have ReLU where ours have tanh.
 
 One process a core: OMP_NUM_THREADS=1 XLA_FLAGS="--xla_cpu_multi_thread_eigen=false
 intra_op_parallelism_threads=1" taskset -c CORE python benchmarks/beside_jaxued.py ...
-There are no checkpoints: a run that was stopped has to be started anew.
+The same command again goes on at the last checkpoint (one a block), a larger --total-timesteps
+further: jaxued then begins with the state that it had left, its random key in it.
 """
 
 import json
+import os
 import subprocess
 import tempfile
 import time
@@ -29,20 +31,22 @@ from typing import Annotated, Any, Literal
 import numpy as np
 import torch
 import tyro
-from common import log_start, refuse
+from common import log_start, read_csv, refuse
 from torch import Tensor, nn
 
 import ppo_robust_plr_minigrid as ours
 
 BLOCK = 10  # jaxued's updates from one saved state to the next
-EVALUATIONS = 10  # in a run
+# our script's flags that this one has too: what a run keeps, and what may change when it goes on
+KEPT = ("curriculum", "seed", "learning_rate", "num_minibatches", "num_walls", "buffer_size")
+EVALUATION = ("eval_interval", "eval_episodes", "eval_worst")
 
 
 @dataclass
 class Args:
     jaxued: Annotated[Path, tyro.conf.Positional]  # its source tree
     python: Path  # the Python that has its packages
-    run_dir: Path  # a new folder for the run
+    run_dir: Path  # folder for the run: a new one, or one with a checkpoint to go on
     commit: str  # of jaxued's tree, for the record: it may be no checkout
     curriculum: Literal["robust_plr", "plr", "dr"] = "robust_plr"
     total_timesteps: float = 5e6  # environment steps, in full updates: a multiple of BLOCK
@@ -51,6 +55,7 @@ class Args:
     num_minibatches: int = ours.Args.num_minibatches
     num_walls: int = ours.Args.num_walls
     buffer_size: int = ours.Args.buffer_size
+    eval_interval: int = 20  # updates from one evaluation to the next, a multiple of BLOCK
     eval_episodes: int = ours.Args.eval_episodes  # in each maze
     eval_worst: int = 0  # at the end, as our script's
 
@@ -107,13 +112,13 @@ class JaxuedAgent(nn.Module):
         return action, self.critic(h).squeeze(-1), logits, (h, c)
 
 
-def flags_of(args: ours.Args) -> list[str]:
+def flags_of(args: ours.Args, num_updates: int) -> list[str]:
     """jaxued's, for our settings."""
     flags = {
         "seed": args.seed,
         "lr": args.learning_rate,
         "max_grad_norm": args.max_grad_norm,
-        "num_updates": args.num_iterations,
+        "num_updates": num_updates,
         "num_steps": args.num_steps,
         "num_train_envs": args.num_envs,
         "num_minibatches": args.num_minibatches,
@@ -146,7 +151,8 @@ def blocks(args: Args, flags: list[str]) -> Iterator[dict[str, np.ndarray]]:
     """Starts jaxued and yields what it saves, block after block."""
     process = Path(__file__).resolve().with_name("jaxued_process.py")
     script = args.jaxued.resolve() / "examples" / "maze_plr.py"
-    command = [args.python.absolute(), "-u", process, script, *flags]
+    checkpoint = (args.run_dir / "checkpoint.npz").resolve()
+    command = [args.python.absolute(), "-u", process, script, checkpoint, *flags]
     with tempfile.TemporaryDirectory() as folder, open(args.run_dir / "jaxued.log", "w") as log:
         pipes = {"stdout": subprocess.PIPE, "stderr": log, "text": True, "cwd": folder}
         with subprocess.Popen([str(word) for word in command], **pipes) as running:
@@ -201,18 +207,39 @@ def row_of(args: ours.Args, block: dict[str, np.ndarray], i: int) -> dict[str, f
     }
 
 
+def keep(args: Args, block: dict[str, np.ndarray], step: int) -> None:
+    """The checkpoint: jaxued's state after the block."""
+    state = {name: x for name, x in block.items() if name.startswith("state/")}
+    temporary = args.run_dir / "checkpoint.tmp.npz"
+    np.savez_compressed(temporary, global_step=step, **state)
+    os.replace(temporary, args.run_dir / "checkpoint.npz")
+
+
+def kept_step(run_dir: Path) -> int:
+    """Environment steps of the checkpoint; 0 without one."""
+    path = run_dir / "checkpoint.npz"
+    if not path.exists():
+        return 0
+    with np.load(path) as checkpoint:
+        return int(checkpoint["global_step"])
+
+
 def train(args: Args, settings: ours.Args) -> None:
     """jaxued's training, and progress.csv, evaluations.csv and result.json on the way."""
     device = torch.device("cpu")
-    began = time.time()
-    times = [(began, 0.0)]  # at each block's end, and jaxued's CPU time
-    step = 0
-    totals = {"gradient_updates": 0, "untrained_steps": 0}
-    number_of_blocks = settings.num_iterations // BLOCK
-    for number, block in enumerate(blocks(args, flags_of(settings)), start=1):
+    step = kept_step(args.run_dir)
+    for name in ("progress.csv", "evaluations.csv"):
+        ours.cut_rows(args.run_dir / name, step)
+    last = (read_csv(args.run_dir / "progress.csv") or [{}])[-1]
+    totals = {name: int(last.get(name, 0)) for name in ("gradient_updates", "untrained_steps")}
+    began = time.time() - float(last.get("wall_seconds", 0))
+    times = [(time.time(), 0.0)]  # at each block's end, and jaxued's CPU time
+    block_steps = BLOCK * settings.batch_size
+    num_blocks = (settings.total_timesteps - step) // block_steps
+    for block in blocks(args, flags_of(settings, BLOCK * num_blocks)):
         times.append((float(block["time"]), float(block["cpu_time"])))
         wall = {"wall_seconds": times[-1][0] - began}
-        speed = {"SPS": BLOCK * settings.batch_size / (times[-1][0] - times[-2][0])}
+        speed = {"SPS": block_steps / (times[-1][0] - times[-2][0])}
         mazes = mazes_of(block, "new") | mazes_of(block, "replayed")
         for i in range(BLOCK):
             step += settings.batch_size
@@ -226,8 +253,8 @@ def train(args: Args, settings: ours.Args) -> None:
             row = {"global_step": step} | wall | row | totals | speed
             ours.append_row(args.run_dir / "progress.csv", row)
         ours.say(f"step {step:,}: solved {row['solved_rate']:.2f}, {speed['SPS']:,.0f} steps/s")
-        share = EVALUATIONS / number_of_blocks
-        if int(number * share + 1e-9) > int((number - 1) * share + 1e-9):
+        at_end = step >= settings.total_timesteps
+        if at_end or step % (args.eval_interval * settings.batch_size) == 0:
             arrays = {name: x for name, x in block.items() if name.startswith("params/")}
             np.savez(args.run_dir / "params.npz", **arrays)
             agent = JaxuedAgent(arrays)
@@ -236,9 +263,10 @@ def train(args: Args, settings: ours.Args) -> None:
             row = {"global_step": step} | wall | totals | columns
             ours.append_row(args.run_dir / "evaluations.csv", row)
             ours.say(f"step {step:,}: evaluation {evaluation['solved_mean']:.3f}")
+        if not at_end:
+            keep(args, block, step)
     seconds, cpu_seconds = np.diff(times, axis=0).T  # of each block; the first two compile
-    steady = slice(min(2, number_of_blocks - 1), None)
-    block_steps = BLOCK * settings.batch_size
+    steady = slice(min(2, num_blocks - 1), None)
     ours.evaluate_worst(agent, settings, device, args.run_dir, step)
     result = {
         "env_id": settings.env_id,
@@ -254,14 +282,32 @@ def train(args: Args, settings: ours.Args) -> None:
         "evaluation": evaluation,
     }
     ours.write_file(args.run_dir / "result.json", result)
+    keep(args, block, step)  # now, so that a run stopped before does its last block again
     ours.say(f"done: {args.run_dir}/result.json, {result['steps_per_second']:,.0f} steps/s")
+
+
+def check_run_dir(args: Args) -> None:
+    """Refuses a run directory of another run, or one with no more to do."""
+    if not args.run_dir.exists():
+        return
+    step = kept_step(args.run_dir)
+    if not step:
+        refuse(f"--run-dir {args.run_dir} must be a new folder, or have a checkpoint.npz.")
+    before = json.loads((args.run_dir / "args.json").read_text())
+    before["commit"] = before["implementation"].removeprefix("jaxued ")
+    for name in (*KEPT, "commit"):
+        value = getattr(args, name)
+        if value != before[name]:
+            flag = f"--{name.replace('_', '-')}"
+            refuse(f"{flag} {value} must be {before[name]}, as the run in {args.run_dir} has it.")
+    if args.total_timesteps <= step:
+        total = int(args.total_timesteps)
+        refuse(f"--total-timesteps {total} must be more than the {step} steps of {args.run_dir}.")
 
 
 def main() -> None:
     args = tyro.cli(Args)
-    same = ("curriculum", "seed", "learning_rate", "num_minibatches", "num_walls", "buffer_size")
-    chosen: dict[str, Any] = {name: getattr(args, name) for name in same}
-    chosen |= {"eval_episodes": args.eval_episodes, "eval_worst": args.eval_worst}
+    chosen: dict[str, Any] = {name: getattr(args, name) for name in (*KEPT, *EVALUATION)}
     total = int(args.total_timesteps)
     run_dir = str(args.run_dir)
     settings = ours.Args(exp_name="jaxued", total_timesteps=total, run_dir=run_dir, **chosen)
@@ -269,17 +315,23 @@ def main() -> None:
         steps = BLOCK * settings.batch_size
         near = max(1, round(total / steps)) * steps
         refuse(f"--total-timesteps {total} must be a multiple of {steps}, as {near}.")
+    if args.eval_interval < BLOCK or args.eval_interval % BLOCK:
+        refuse(f"--eval-interval {args.eval_interval} must be a multiple of {BLOCK}.")
     if args.curriculum == "dr" and args.buffer_size != ours.Args.buffer_size:
         refuse(f"--buffer-size {args.buffer_size} does nothing with --curriculum dr.")
     if not (args.jaxued / "examples" / "maze_plr.py").exists():
         refuse(f"JAXUED {args.jaxued} must be jaxued's source tree, with examples/maze_plr.py.")
-    if args.run_dir.exists():
-        refuse(f"--run-dir {args.run_dir} must be a new folder.")
-    args.run_dir.mkdir(parents=True)
     written = asdict(settings) | {"implementation": f"jaxued {args.commit}"}
-    (args.run_dir / "args.json").write_text(json.dumps(written, indent=2))
-    log_start(args.run_dir, __file__)
-    train(args, settings)
+    check_run_dir(args)
+    args.run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = ours.lock_file(args.run_dir / "lock")
+    except BlockingIOError:
+        refuse(f"--run-dir {args.run_dir} is in use: another process trains there.")
+    with lock:
+        ours.write_file(args.run_dir / "args.json", written)
+        log_start(args.run_dir, __file__, kept_step(args.run_dir))
+        train(args, settings)
 
 
 if __name__ == "__main__":

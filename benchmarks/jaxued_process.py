@@ -1,9 +1,12 @@
 """jaxued's maze_plr.py as it is, in this process: what beside_jaxued.py starts.
 
-Not a command of its own, and with jaxued's Python: no package of ours. In this process only
+Not a command of its own, and with jaxued's Python: no package of ours. Its arguments are the
+script, a checkpoint and the script's flags. In this process only
 
 - orbax.checkpoint's manager writes what the script saves after each block, its train state, as
   numpy arrays to BLOCK.npz in the folder it runs in, with what was seen of each update;
+- the first block begins with the checkpoint's state, if there is one: random key and train state
+  as an earlier process left them (the script can save its train state, and not go on from it);
 - two functions also tell what they are given: LevelSampler.sample_replay_decision, of the buffer
   before each update, and compute_max_returns, of the rollout;
 - optax.adam has a constant learning rate, as our default: the script's falls linearly with the
@@ -15,6 +18,7 @@ import os
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -24,6 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 
 SEEN: dict[str, list[Any]] = {}  # since the last block, of each update
+STATE: list[Any] = []  # the arrays of (random key, train state) after the last block
 
 
 def note(**values: Any) -> None:
@@ -50,6 +55,7 @@ class Saver:
         arrays = {f"seen/{name}": np.stack(x) for name, x in SEEN.items()}
         SEEN.clear()
         arrays |= flat(state.params)
+        arrays |= {f"state/{i}": np.asarray(x) for i, x in enumerate(STATE)}
         arrays |= {f"new/{name}": x for name, x in flat(state.dr_last_level_batch).items()}
         arrays |= {f"replayed/{k}": x for k, x in flat(state.replay_last_level_batch).items()}
         with open("block.tmp", "wb") as file:
@@ -115,13 +121,39 @@ def substitute_functions(learning_rate: float) -> None:
     level_sampler.LevelSampler.sample_replay_decision = sample_replay_decision
 
 
+def go_on_at(checkpoint: Path) -> None:
+    """The script's train_and_eval_step begins there if it exists, and leaves its state in STATE."""
+    compiled = jax.jit
+
+    def jit(function: Callable[..., Any], *args: Any, **options: Any) -> Callable[..., Any]:
+        step = compiled(function, *args, **options)
+        if getattr(function, "__name__", "") != "train_and_eval_step":
+            return step
+
+        def train_and_eval_step(state: Any, nothing: None) -> Any:
+            if not STATE and checkpoint.exists():
+                leaves, tree = jax.tree_util.tree_flatten(state)
+                with np.load(checkpoint) as kept:
+                    leaves = [jnp.asarray(kept[f"state/{i}"]) for i in range(len(leaves))]
+                state = tree.unflatten(leaves)
+            state, metrics = step(state, nothing)
+            STATE[:] = jax.tree_util.tree_leaves(state)
+            return state, metrics
+
+        return train_and_eval_step
+
+    jax.jit = jit
+
+
 def main() -> None:
-    script = Path(sys.argv[1])
+    script, checkpoint, *flags = sys.argv[1:]
+    script = Path(script)
     sys.path.insert(0, str(script.parents[1] / "src"))
     substitute_modules()
-    rate = float(sys.argv[sys.argv.index("--lr") + 1])
+    rate = float(flags[flags.index("--lr") + 1])
     substitute_functions(rate)
-    sys.argv = [str(script), *sys.argv[2:]]
+    go_on_at(Path(checkpoint))
+    sys.argv = [str(script), *flags]
     runpy.run_path(str(script), run_name="__main__")
 
 
