@@ -161,10 +161,8 @@ def test_the_rows_of_a_block_by_hand():
     assert np.isnan(list(beside_jaxued.mazes_of(block, "new").values())).all()
 
 
-def test_a_block_becomes_the_rows_of_a_run(tmp_path, monkeypatch):
-    sizes = {"num_envs": 2, "num_steps": 4, "total_timesteps": 32, "buffer_size": 3}
-    settings = ours.Args(**sizes, update_epochs=5, num_minibatches=2)
-    args = beside_jaxued.Args(tmp_path, tmp_path, tmp_path, "0f8f128", "robust_plr", seed=3)
+def two_blocks() -> list[dict[str, np.ndarray]]:
+    """Of two updates each, with a network of zeros; ten seconds and four of CPU time a block."""
     shapes = {"Conv_0/kernel": (3, 3, 3, 16), "Conv_0/bias": (16,)}
     shapes |= {"scalar_embed/kernel": (4, 5), "scalar_embed/bias": (5,)}
     for gate in "ifgo":
@@ -176,11 +174,28 @@ def test_a_block_becomes_the_rows_of_a_run(tmp_path, monkeypatch):
         shapes |= {f"{head}1/kernel": (32, size), f"{head}1/bias": (size,)}
     params = {f"params/{name}": np.zeros(shape, np.float32) for name, shape in shapes.items()}
     now = beside_jaxued.time.time()
-    found = [saved_block() | params | {"time": now + 10 * i, "cpu_time": 4 * i} for i in (1, 2)]
-    monkeypatch.setattr(beside_jaxued, "BLOCK", 2)
-    monkeypatch.setattr(beside_jaxued, "blocks", lambda *_: iter(found))
+    return [
+        saved_block() | params | {"time": now + 10 * i, "cpu_time": 4 * i, "state/0": np.array([i])}
+        for i in (1, 2)
+    ]
+
+
+@pytest.fixture
+def small_run(tmp_path, monkeypatch):
+    """Of four updates in two blocks: its Args, our settings, what each evaluation returns."""
+    sizes = {"num_envs": 2, "num_steps": 4, "total_timesteps": 32, "buffer_size": 3}
+    settings = ours.Args(**sizes, update_epochs=5, num_minibatches=2)
+    paths = dict.fromkeys(("jaxued", "python", "run_dir"), tmp_path)
+    args = beside_jaxued.Args(**paths, commit="0f8f128", seed=3, eval_interval=2)
     played = {"solved_mean": 0.25, "episodes": {"Maze": [0.0]}}
+    monkeypatch.setattr(beside_jaxued, "BLOCK", 2)
     monkeypatch.setattr(ours, "evaluate", lambda agent, *_: played)
+    return args, settings, played
+
+
+def test_a_block_becomes_the_rows_of_a_run(tmp_path, monkeypatch, small_run):
+    args, settings, played = small_run
+    monkeypatch.setattr(beside_jaxued, "blocks", lambda *_: iter(two_blocks()))
     beside_jaxued.train(args, settings)
     rows = read_csv(tmp_path / "progress.csv")
     assert [row["global_step"] for row in rows] == ["8", "16", "24", "32"]
@@ -196,11 +211,60 @@ def test_a_block_becomes_the_rows_of_a_run(tmp_path, monkeypatch):
     assert result["steps_per_cpu_second"] == 16 / 4 and float(rows[-1]["SPS"]) == 1.6
 
 
+def test_a_run_that_was_stopped_goes_on(tmp_path, monkeypatch, small_run):
+    args, settings, _ = small_run
+    first, second = two_blocks()
+
+    def stopped(*_):
+        yield first
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(beside_jaxued, "blocks", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        beside_jaxued.train(args, settings)
+    assert beside_jaxued.kept_step(tmp_path) == 16 and not (tmp_path / "result.json").exists()
+    ours.append_row(tmp_path / "progress.csv", {"global_step": 24})  # and was killed within a block
+    asked = []
+
+    def the_rest(_, flags):
+        asked.append(flags[flags.index("--num_updates") + 1])
+        yield second
+
+    monkeypatch.setattr(beside_jaxued, "blocks", the_rest)
+    beside_jaxued.train(args, settings)
+    assert asked == ["2"]
+    rows = read_csv(tmp_path / "progress.csv")
+    assert [row["global_step"] for row in rows] == ["8", "16", "24", "32"]
+    assert [row["gradient_updates"] for row in rows] == ["0", "10", "10", "20"]
+    assert [row["untrained_steps"] for row in rows] == ["8", "8", "16", "16"]
+    assert [row["global_step"] for row in read_csv(tmp_path / "evaluations.csv")] == ["16", "32"]
+    assert json.loads((tmp_path / "result.json").read_text())["gradient_updates"] == 20
+    with np.load(tmp_path / "checkpoint.npz") as checkpoint:
+        assert checkpoint["global_step"] == 32 and checkpoint["state/0"] == second["state/0"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not (JAXUED and PYTHON), reason="needs JAXUED and JAXUED_PYTHON")
+def test_jaxued_goes_on_bit_for_bit(tmp_path):
+    def run(name: str, total_timesteps: int) -> dict[str, np.ndarray]:
+        script = str(ROOT / "benchmarks" / "beside_jaxued.py")
+        command = [sys.executable, script, JAXUED, "--python", PYTHON, "--commit", "0"]
+        command += ["--total-timesteps", str(total_timesteps), "--run-dir", str(tmp_path / name)]
+        subprocess.run([*command, "--buffer-size", "64", "--eval-episodes", "1"], check=True)
+        return dict(np.load(tmp_path / name / "checkpoint.npz"))
+
+    run("slices", 81920)
+    slices, whole = run("slices", 163840), run("whole", 163840)
+    assert slices.keys() == whole.keys() and len(whole) > 100
+    assert all((x == slices[name]).all() for name, x in whole.items())
+
+
 @pytest.mark.parametrize(
     "flags, named",
     [
         ("--total-timesteps 3e6", "--total-timesteps 3000000 must be a multiple of 81920"),
         ("--curriculum dr --buffer-size 10", "--buffer-size 10 does nothing"),
+        ("--eval-interval 15", "--eval-interval 15 must be a multiple of 10"),
         ("", "must be jaxued's source tree"),
     ],
 )
@@ -213,3 +277,26 @@ def test_what_cannot_work_is_refused(tmp_path, monkeypatch, capsys, flags, named
         beside_jaxued.main()
     assert stop.value.code == 2 and named in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        ("--seed 2", "--seed 2 must be 1, as the run in"),
+        ("--commit 2", "--commit 2 must be 1, as the run in"),
+        ("--total-timesteps 81920", "--total-timesteps 81920 must be more than the 81920 steps"),
+    ],
+)
+def test_a_run_is_not_continued_as_another(tmp_path, monkeypatch, capsys, flags, named):
+    (tmp_path / "examples").mkdir()
+    (tmp_path / "examples" / "maze_plr.py").touch()
+    before = {"seed": 1, "implementation": "jaxued 1"}
+    before = beside_jaxued.asdict(ours.Args()) | before
+    (tmp_path / "args.json").write_text(json.dumps(before))
+    np.savez(tmp_path / "checkpoint.npz", global_step=81920)
+    where = f"{tmp_path} --python python --run-dir {tmp_path} --commit 1"
+    monkeypatch.setattr(sys, "argv", ["beside_jaxued.py", *where.split(), *flags.split()])
+    with pytest.raises(SystemExit) as stop:
+        beside_jaxued.main()
+    assert stop.value.code == 2 and named in capsys.readouterr().err
+    assert json.loads((tmp_path / "args.json").read_text()) == before
