@@ -149,7 +149,7 @@ class Args:
     evaluate: str | None = None  # only evaluate the run in this directory, with its flags
 
     # Speed
-    # bf16: about twice as fast on CPUs with AMX or AVX512-BF16
+    # bf16: about twice as fast on CPUs with AMX or AVX512-BF16, slower on others
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile acting and the loss: a minute at the start, then faster
     cuda_graphs: bool = True  # on a GPU: launch recorded work at once; off to debug
@@ -1351,6 +1351,8 @@ class Run:
                 signal.signal(number, self._on_signal)
         say(f"{describe(self.args)}, seed {self.args.seed}: {self.dir}")
         say(f"training on {device_name(self.device)}")
+        if self.device.type == "cpu" and self.args.precision == "bf16" and not has_bf16():
+            say("--precision bf16 is slower than fp32 on this CPU: it has no AMX or AVX512-BF16")
         if self.checkpoint is None:
             self.save(envs)
         else:
@@ -1889,6 +1891,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+
+
+def has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for bf16, by any of their names; yes where it is unknown."""
+    return not cpuinfo.exists() or "bf16" in cpuinfo.read_text()
 
 
 def maybe_compile(function: Callable[..., Any], args: Args) -> Callable[..., Any]:

@@ -162,7 +162,8 @@ class Args:
     evaluate: str | None = None  # only evaluate the run in this directory, with its flags
 
     # Speed
-    # bf16: faster on CPUs with AMX; on a GPU it acts in bf16 and learns in tf32
+    # bf16: faster on CPUs with AMX, slower on those that have neither it nor AVX512-BF16; on a GPU
+    # it acts in bf16 and learns in tf32
     precision: Literal["fp32", "tf32", "bf16"] = "fp32"
     compile: bool = False  # torch.compile the step of the mazes and the network's, to act
     cuda_graphs: bool = True  # on a GPU: launch recorded work at once; off to debug
@@ -2008,6 +2009,8 @@ class Run:
                 signal.signal(number, self._on_signal)
         say(f"{describe(self.args)}, seed {self.args.seed}: {self.dir}")
         say(f"training on {device_name(self.device)}")
+        if self.device.type == "cpu" and self.args.precision == "bf16" and not has_bf16():
+            say("--precision bf16 is slower than fp32 on this CPU: it has no AMX or AVX512-BF16")
         if self.checkpoint is None:
             self.save(envs)
         else:
@@ -2546,6 +2549,11 @@ def device_name(device: torch.device) -> str:
         return torch.cuda.get_device_name()
     threads = torch.get_num_threads()
     return f"{threads} CPU thread{'s' if threads > 1 else ''}"
+
+
+def has_bf16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether the CPU has instructions for bf16, by any of their names; yes where it is unknown."""
+    return not cpuinfo.exists() or "bf16" in cpuinfo.read_text()
 
 
 def maybe_compile(function: Callable[..., Any], args: Args) -> Callable[..., Any]:

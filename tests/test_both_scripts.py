@@ -118,6 +118,36 @@ def test_what_a_person_sees(script, finished_run):
     assert torch.cuda.is_available() or "training on 1 CPU thread\n" in out
 
 
+@pytest.mark.parametrize(
+    "flags, slow",
+    [
+        ("fma avx512_vnni avx512f", True),
+        ("avx512_vnni avx512_bf16", False),
+        ("amx_bf16 amx_tile", False),
+        (None, False),  # it cannot be read: not on Linux
+    ],
+)
+def test_bf16_on_a_cpu_that_lacks_it_is_slow_and_said_to_be(script, tmp_path, flags, slow):
+    cpuinfo = tmp_path / "cpuinfo"
+    if flags:
+        cpuinfo.write_text(f"model name : a CPU\nflags : {flags}\n")
+    assert script.has_bf16(cpuinfo) is not slow
+
+
+@pytest.mark.parametrize("precision, slow", [("bf16", True), ("bf16", False), ("fp32", True)])
+def test_what_is_said_of_it(script, tmp_path, monkeypatch, capsys, precision, slow):
+    monkeypatch.setattr(script, "has_bf16", lambda: not slow)
+    monkeypatch.setattr(script.signal, "signal", lambda *_: None)
+    run = script.Run.__new__(script.Run)
+    run.args = script.Args(precision=precision, total_timesteps=0)
+    run.dir, run.device, run.checkpoint = tmp_path, torch.device("cpu"), {}
+    run.iteration, run.train_seconds, run.signals = 0, 0.0, []
+    assert list(run.iterations(None)) == []
+    out = capsys.readouterr().out
+    assert "training on" in out
+    assert ("bf16 is slower" in out) is (slow and precision == "bf16")
+
+
 def test_the_time_left_is_by_the_pace_of_this_process(script, monkeypatch, capsys):
     goes_on = script.Run.__new__(script.Run)
     goes_on.args = SimpleNamespace(num_iterations=100, batch_size=10)
