@@ -483,7 +483,9 @@ def test_readme_asks_about_jaxueds_own_curricula_at_equal_steps_only():
     for path in (RUNS.parent / "REPORT.md", ROOT / "README.md"):
         asked = path.read_text().split("beat jaxued's DR? | ")[1:]
         found.append({after.partition(" | ")[0] for after in asked})
-    assert found == [{"steps", "1,740 updates"}, {"steps"}]
+    in_report, in_readme = found
+    assert in_readme == {"steps"} < in_report
+    assert all(cell.endswith(" updates") for cell in in_report - in_readme)
 
 
 def test_ours_and_jaxueds_with_other_settings_or_lengths_are_not_compared(tmp_path):
